@@ -1,0 +1,3 @@
+//! The API.
+#![no_std]
+#![forbid(unsafe_code)]
