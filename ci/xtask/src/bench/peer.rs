@@ -1,0 +1,237 @@
+//! The peer: Debian's cloud kernel as L1 with kvm_amd and Debian's QEMU, booting the same Debian kernel as L2.
+//!
+//! Everything comes from Debian packages and lands in `target/bench`. L1's initramfs holds busybox and modules only, so that its start to
+//! userland is as short as a Linux L1's can be; QEMU and its libraries come on a disk and are unpacked after that mark is taken.
+
+use super::machine::Machine;
+use crate::build::workspace_root;
+use crate::cpio::Archive;
+use crate::process::{output, run};
+use anyhow::{Context, Result, bail};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// The peer's files.
+pub(super) struct Peer {
+    kernel: PathBuf,
+    initramfs: PathBuf,
+    disk: PathBuf,
+}
+
+/// One run of the peer, from QEMU's start to L1's power-off.
+pub(super) struct PeerRun {
+    /// L0 start to L1 userland.
+    pub(super) cold: Duration,
+    /// L1 kernel start (its first serial byte) to L1 userland.
+    pub(super) boot: Duration,
+    /// The VMM's exec in L1 to the L2's READY.
+    pub(super) job: Duration,
+    /// Exits of L2 until it powered off, counted only when asked for.
+    pub(super) exits: Option<u64>,
+}
+
+/// L1's first program. The `MARK` lines are what the benchmark times.
+const L1_INIT: &str = r#"#!/bin/sh
+echo MARK userland
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs dev /dev
+mount -t tmpfs tmpfs /run
+mount -t tracefs tracefs /sys/kernel/tracing
+for module in MODULES; do insmod /modules/$module.ko; done
+mkdir /run/vmm && cd /run/vmm && cpio -i < /dev/vda 2>/dev/null
+cd /
+if grep -q count_exits /proc/cmdline; then
+    echo 'hist:keys=exit_reason:sort=hitcount.descending' > /sys/kernel/tracing/events/kvm/kvm_exit/trigger
+fi
+echo MARK vmm
+chroot /run/vmm /qemu -M microvm,rtc=on -L /share -accel kvm -cpu host -smp 1 -m 256 -nodefaults -no-user-config -display none \
+    -no-reboot -serial stdio -kernel /vmlinuz -initrd /initramfs.cpio -append 'console=ttyS0 quiet panic=-1' </dev/null
+echo MARK ended
+if grep -q count_exits /proc/cmdline; then
+    grep -E '^(\{|    Hits)' /sys/kernel/tracing/events/kvm/kvm_exit/hist
+fi
+echo MARK done
+poweroff -f
+"#;
+
+/// L2's first program.
+const L2_INIT: &str = "#!/bin/sh\necho READY\npoweroff -f\n";
+
+/// What L1 loads, after what these depend on.
+const MODULES: [&str; 3] = ["virtio_pci", "virtio_blk", "kvm-amd"];
+
+impl Peer {
+    /// Builds the peer from Debian packages, unless it stands.
+    pub(super) fn build() -> Result<Self> {
+        let folder = workspace_root().join("target/bench");
+        let peer = Self {
+            kernel: folder.join("vmlinuz"),
+            initramfs: folder.join("l1.cpio"),
+            disk: folder.join("l1-disk.cpio"),
+        };
+        let recipe = format!("{L1_INIT}{L2_INIT}{MODULES:?}{}", output(Command::new("qemu-system-x86_64").arg("--version"))?);
+        let stamp = folder.join("recipe");
+        if fs::read_to_string(&stamp).is_ok_and(|built| built == recipe) {
+            return Ok(peer);
+        }
+        eprintln!("bench: building the peer (a Linux L1 with KVM and QEMU) from Debian packages");
+        fs::create_dir_all(&folder)?;
+        let root = unpack(&folder)?;
+        let release = single(&root.join("boot"), "vmlinuz-")?;
+        fs::copy(&release, &peer.kernel)?;
+
+        let mut l1 = busybox(&root)?;
+        let mut loaded = Vec::new();
+        for name in MODULES {
+            add_module(&mut l1, &mut loaded, &root.join("lib/modules"), name)?;
+        }
+        l1.file("init", L1_INIT.replace("MODULES", &loaded.join(" ")), true);
+        fs::write(&peer.initramfs, l1.finish())?;
+
+        let mut l2 = busybox(&root)?;
+        l2.file("init", L2_INIT, true);
+        fs::write(&peer.disk, vmm(&peer.kernel, &l2.finish())?.finish())?;
+        fs::write(&stamp, recipe)?;
+        Ok(peer)
+    }
+
+    /// Boots L1, which boots one L2; counting the exits slows L2 a little, so timed runs leave it off.
+    pub(super) fn run(&self, count_exits: bool) -> Result<PeerRun> {
+        let mut command = Machine::qemu(2048);
+        let append = if count_exits { " count_exits" } else { "" };
+        command.arg("-kernel").arg(&self.kernel).arg("-initrd").arg(&self.initramfs);
+        // The decompressor's first word on the early console is the kernel's start, seen from outside.
+        command.args(["-append", &format!("earlyprintk=ttyS0,115200 console=ttyS0 quiet panic=-1{append}")]);
+        command.arg("-drive").arg(format!("if=none,id=d0,format=raw,readonly=on,file={}", self.disk.display()));
+        command.args(["-device", "virtio-blk-pci,drive=d0"]);
+
+        let mut machine = Machine::start(command)?;
+        let (mut userland, mut vmm, mut ready) = (None, None, None);
+        let mut exits = None;
+        loop {
+            let (at, line) = machine.next_line(Duration::from_secs(120))?;
+            match line.as_str() {
+                "MARK userland" => userland = Some(at),
+                "MARK vmm" => vmm = Some(at),
+                "READY" => ready = Some(at),
+                "MARK done" => break,
+                line => exits = line.trim().strip_prefix("Hits: ").and_then(|hits| hits.parse().ok()).or(exits),
+            }
+        }
+        let marks = (machine.first_byte, userland, vmm, ready);
+        let (Some(kernel), Some(userland), Some(vmm), Some(ready)) = marks else {
+            bail!("the peer left out a mark; its last lines:\n{}", machine.tail());
+        };
+        if count_exits && exits.is_none() {
+            bail!("the peer counted no exits; its last lines:\n{}", machine.tail());
+        }
+        let since = |from: Instant, to: Instant| to.saturating_duration_since(from);
+        Ok(PeerRun { cold: since(machine.started, userland), boot: since(kernel, userland), job: since(vmm, ready), exits })
+    }
+}
+
+/// Downloads the packages and unpacks them; the folder that holds their files.
+fn unpack(folder: &Path) -> Result<PathBuf> {
+    let (cache, root) = (folder.join("packages"), folder.join("root"));
+    let _ = fs::remove_dir_all(&root);
+    let _ = fs::remove_dir_all(&cache);
+    fs::create_dir_all(&cache)?;
+    let depends = output(Command::new("apt-cache").args(["depends", "linux-image-cloud-amd64"]))?;
+    let kernel = depends
+        .lines()
+        .find_map(|line| line.trim().strip_prefix("Depends: ").filter(|name| name.starts_with("linux-image-")))
+        .context("apt-cache knows no linux-image-cloud-amd64; run `apt-get update`")?;
+    run(Command::new("apt-get").args(["-q", "download", kernel, "busybox-static"]).current_dir(&cache))?;
+    for package in fs::read_dir(&cache)? {
+        run(Command::new("dpkg-deb").arg("-x").arg(package?.path()).arg(&root))?;
+    }
+    Ok(root)
+}
+
+/// The one file of `folder` whose name starts with `start`.
+fn single(folder: &Path, start: &str) -> Result<PathBuf> {
+    for entry in fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with(start) {
+            return Ok(entry.path());
+        }
+    }
+    bail!("{} holds no {start}*", folder.display())
+}
+
+/// Adds the module `name` to `archive` and to the end of `loaded`, after the modules it depends on.
+fn add_module(archive: &mut Archive, loaded: &mut Vec<String>, folder: &Path, name: &str) -> Result<()> {
+    if loaded.iter().any(|other| other == name) {
+        return Ok(());
+    }
+    let file = find_file(folder, &format!("{name}.ko"))?.with_context(|| format!("the kernel package has no module {name}"))?;
+    let contents = fs::read(&file)?;
+    // The .modinfo section holds NUL-terminated strings; this one lists names with commas.
+    let start = contents.windows(9).position(|window| window == b"\0depends=").map_or(contents.len(), |at| at + 9);
+    let depends = contents[start..].split(|&byte| byte == 0).next().unwrap_or_default();
+    for other in String::from_utf8_lossy(depends).split(',').filter(|other| !other.is_empty()) {
+        add_module(archive, loaded, folder, other)?;
+    }
+    archive.file(&format!("modules/{name}.ko"), contents, false);
+    loaded.push(name.to_owned());
+    Ok(())
+}
+
+/// The file called `name` somewhere under `folder`.
+fn find_file(folder: &Path, name: &str) -> Result<Option<PathBuf>> {
+    for entry in fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            if let Some(found) = find_file(&entry.path(), name)? {
+                return Ok(Some(found));
+            }
+        } else if entry.file_name().to_str() == Some(name) {
+            return Ok(Some(entry.path()));
+        }
+    }
+    Ok(None)
+}
+
+/// An archive with busybox under the names that the scripts use, and the folders they mount on.
+fn busybox(root: &Path) -> Result<Archive> {
+    let mut archive = Archive::default();
+    for folder in ["proc", "sys", "dev", "run"] {
+        archive.folder(folder);
+    }
+    archive.character_device("dev/console", 5, 1);
+    archive.file("bin/busybox", fs::read(root.join("bin/busybox"))?, true);
+    for applet in ["sh", "mount", "mkdir", "insmod", "cpio", "grep", "chroot", "poweroff"] {
+        archive.link(&format!("bin/{applet}"), "busybox");
+    }
+    Ok(archive)
+}
+
+/// The VMM's root: this machine's qemu-system-x86_64 with its libraries and firmware, and what L2 boots.
+fn vmm(kernel: &Path, initramfs: &[u8]) -> Result<Archive> {
+    let mut archive = Archive::default();
+    let qemu = crate::process::find("qemu-system-x86_64").context("qemu-system-x86_64 is not installed")?;
+    for line in output(Command::new("ldd").arg(&qemu))?.lines() {
+        let library = line.split_whitespace().find(|word| word.starts_with('/'));
+        if let Some(library) = library {
+            archive.file(library.trim_start_matches('/'), fs::read(library)?, true);
+        }
+    }
+    archive.file("qemu", fs::read(&qemu)?, true);
+    for firmware in ["bios-microvm.bin", "linuxboot_dma.bin"] {
+        let found = ["/usr/share/qemu", "/usr/share/seabios"].map(|folder| Path::new(folder).join(firmware));
+        let file = found.iter().find(|file| file.exists()).with_context(|| format!("QEMU's {firmware} is not installed"))?;
+        archive.file(&format!("share/{firmware}"), fs::read(file)?, false);
+    }
+    archive.file("vmlinuz", fs::read(kernel)?, false);
+    archive.file("initramfs.cpio", initramfs, false);
+    for folder in ["proc", "sys", "dev", "tmp"] {
+        archive.folder(folder);
+    }
+    archive.character_device("dev/kvm", 10, 232);
+    archive.character_device("dev/null", 1, 3);
+    archive.character_device("dev/urandom", 1, 9);
+    Ok(archive)
+}
