@@ -2,3 +2,4 @@
 
 pub mod acpi;
 pub mod rtc;
+pub mod serial;

@@ -1,0 +1,26 @@
+//! The kernel's command line: `key=value` words separated by spaces.
+
+/// The command line as the boot loader gave it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CommandLine(&'static str);
+
+impl CommandLine {
+    /// Wraps the text.
+    pub const fn new(text: &'static str) -> Self {
+        Self(text)
+    }
+
+    /// The value of the last `key=value` word with this key.
+    pub fn value(&self, key: &str) -> Option<&'static str> {
+        self.words()
+            .filter_map(|word| word.split_once('='))
+            .filter(|(k, _)| *k == key)
+            .map(|(_, value)| value)
+            .last()
+    }
+
+    /// All words, in order.
+    pub fn words(&self) -> impl Iterator<Item = &'static str> {
+        self.0.split_ascii_whitespace()
+    }
+}

@@ -1,0 +1,105 @@
+//! Vector and x87 state. The kernel is compiled without either, so a guest's state stays in the registers until the core
+//! switches to another vCPU.
+//!
+//! Intel SDM vol. 1, 13 "XSAVE"; AMD APM vol. 2, 11.5.
+
+use super::features::cpuid;
+use alloc::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use core::arch::asm;
+use core::ptr::NonNull;
+use x86_64::registers::control::{Cr0, Cr0Flags, Cr4, Cr4Flags};
+use x86_64::registers::xcontrol::{XCr0, XCr0Flags};
+
+/// The components L1 knows how to keep apart between machines: x87, SSE, AVX, AVX-512, PKRU.
+pub const MANAGED: u64 = 0b10_1110_0111;
+
+const MXCSR_RESET: u32 = 0x1F80;
+const FCW_RESET: u16 = 0x37F;
+
+/// Switches XSAVE on and every managed component the processor has.
+///
+/// # Errors
+/// A message when the processor has no XSAVE.
+pub fn init() -> Result<u64, &'static str> {
+    let [_, _, ecx, _] = cpuid(1, 0);
+    if ecx & 1 << 26 == 0 {
+        return Err(
+            "the CPU has no XSAVE, which keeps machines' vector state apart; choose a CPU model made since 2011",
+        );
+    }
+    // SAFETY: enables instructions that CPUID offers; the kernel itself uses no vector register.
+    unsafe {
+        Cr0::update(|cr0| {
+            cr0.remove(Cr0Flags::EMULATE_COPROCESSOR | Cr0Flags::TASK_SWITCHED);
+            cr0.insert(Cr0Flags::MONITOR_COPROCESSOR | Cr0Flags::NUMERIC_ERROR);
+        });
+        Cr4::update(|cr4| cr4.insert(Cr4Flags::OSFXSR | Cr4Flags::OSXMMEXCPT_ENABLE | Cr4Flags::OSXSAVE));
+    }
+    let [eax, _, _, edx] = cpuid(0xD, 0);
+    let components = (u64::from(edx) << 32 | u64::from(eax)) & MANAGED;
+    load_xcr0(components);
+    Ok(components)
+}
+
+/// Loads XCR0, which must be valid: a subset of what [`init`] returned that keeps the architecture's rules.
+pub fn load_xcr0(value: u64) {
+    // SAFETY: the caller passes a value already validated; it only decides which instructions fault.
+    unsafe { XCr0::write_raw(value) };
+}
+
+/// XCR0 as it is.
+pub fn xcr0() -> u64 {
+    XCr0::read().bits() | (XCr0::read_raw() & !XCr0Flags::all().bits())
+}
+
+/// A vCPU's saved state.
+pub struct XsaveArea {
+    area: NonNull<u8>,
+    layout: Layout,
+    components: u64,
+}
+
+impl XsaveArea {
+    /// An area that restores the reset state of all `components`.
+    pub fn new(components: u64) -> Self {
+        load_xcr0(components);
+        let size = cpuid(0xD, 0)[1].max(576) as usize;
+        let Ok(layout) = Layout::from_size_align(size, 64) else {
+            unreachable!("the processor's save area is a few KiB")
+        };
+        // SAFETY: the layout is not empty.
+        let Some(area) = NonNull::new(unsafe { alloc_zeroed(layout) }) else { handle_alloc_error(layout) };
+        // SAFETY: within the 512-byte legacy region. A zero XSTATE_BV restores every component to its reset state, but
+        // MXCSR is loaded from the area all the same.
+        unsafe {
+            area.as_ptr().cast::<u16>().write(FCW_RESET);
+            area.as_ptr().add(24).cast::<u32>().write(MXCSR_RESET);
+        }
+        Self { area, layout, components }
+    }
+
+    /// Loads the registers from the area.
+    pub fn restore(&self) {
+        load_xcr0(self.components);
+        // SAFETY: the area is 64-byte aligned, large enough for the enabled components, and has a valid header.
+        unsafe {
+            asm!("xrstor64 [{}]", in(reg) self.area.as_ptr(), in("eax") u32::MAX, in("edx") u32::MAX, options(nostack));
+        }
+    }
+
+    /// Keeps the registers in the area.
+    pub fn save(&mut self) {
+        load_xcr0(self.components);
+        // SAFETY: as above.
+        unsafe {
+            asm!("xsave64 [{}]", in(reg) self.area.as_ptr(), in("eax") u32::MAX, in("edx") u32::MAX, options(nostack));
+        }
+    }
+}
+
+impl Drop for XsaveArea {
+    fn drop(&mut self) {
+        // SAFETY: allocated with this layout in `new`.
+        unsafe { dealloc(self.area.as_ptr(), self.layout) };
+    }
+}

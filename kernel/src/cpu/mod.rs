@@ -1,0 +1,33 @@
+//! One core: descriptor tables, exceptions, interrupts, the local APIC and the clock.
+
+pub mod apic;
+pub mod clock;
+pub mod descriptors;
+pub mod exceptions;
+pub mod features;
+pub mod fpu;
+pub mod interrupts;
+
+use x86_64::instructions::{hlt, interrupts as flag};
+
+/// Opens a window in which pending interrupts are taken; their handlers only set flags.
+pub fn take_interrupts() {
+    flag::enable();
+    x86_64::instructions::nop();
+    flag::disable();
+}
+
+/// Waits for the next interrupt. An interrupt that came since the flags were last looked at ends the wait at once, because
+/// interrupts are off until the very HLT.
+pub fn idle() {
+    flag::enable_and_hlt();
+    flag::disable();
+}
+
+/// Stops this core for good.
+pub fn halt_forever() -> ! {
+    flag::disable();
+    loop {
+        hlt();
+    }
+}

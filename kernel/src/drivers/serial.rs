@@ -1,0 +1,78 @@
+//! The first serial port as L1's log.
+//!
+//! National Semiconductor PC16550D data sheet, section 8 "Registers".
+
+use core::fmt::{self, Write};
+use log::{Level, LevelFilter, Log, Metadata, Record};
+use x86_64::instructions::port::Port;
+
+const BASE: u16 = 0x3F8;
+/// Line status bit 5: the transmit FIFO is empty.
+const TRANSMITTER_EMPTY: u8 = 1 << 5;
+const FIFO_DEPTH: usize = 16;
+
+/// The port as a text sink.
+struct Serial;
+
+impl Write for Serial {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let mut data = Port::<u8>::new(BASE);
+        let mut status = Port::<u8>::new(BASE + 5);
+        for chunk in text.as_bytes().chunks(FIFO_DEPTH) {
+            // A port that is not there reads as all ones, so this ends.
+            // SAFETY: the line status register; reading it has no effect on memory.
+            while unsafe { status.read() } & TRANSMITTER_EMPTY == 0 {
+                core::hint::spin_loop();
+            }
+            for &byte in chunk {
+                // SAFETY: the transmit FIFO was empty and takes 16 bytes.
+                unsafe { data.write(byte) };
+            }
+        }
+        Ok(())
+    }
+}
+
+struct Logger;
+
+impl Log for Logger {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.level() <= log::max_level()
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        if !self.enabled(record.metadata()) {
+            return;
+        }
+        let now = crate::cpu::clock::now_ns() / 1000;
+        let (seconds, micros) = (now / 1_000_000, now % 1_000_000);
+        // The port cannot fail.
+        let _ = match record.level() {
+            Level::Error => write!(Serial, "[{seconds:5}.{micros:06}] error: {}\r\n", record.args()),
+            Level::Warn => write!(Serial, "[{seconds:5}.{micros:06}] warning: {}\r\n", record.args()),
+            Level::Info => write!(Serial, "[{seconds:5}.{micros:06}] {}\r\n", record.args()),
+            level => {
+                write!(Serial, "[{seconds:5}.{micros:06}] {level} {}: {}\r\n", record.target(), record.args())
+            }
+        };
+    }
+
+    fn flush(&self) {}
+}
+
+/// Sets the port to 115200 8N1 with FIFOs and makes it the log, at level info.
+pub fn init() {
+    for (offset, value) in [(1, 0x00), (3, 0x80), (0, 0x01), (1, 0x00), (3, 0x03), (2, 0xC7), (4, 0x03)] {
+        // SAFETY: the UART's own registers: interrupts off, divisor 1, 8N1, FIFOs on, DTR and RTS.
+        unsafe { Port::<u8>::new(BASE + offset).write(value) };
+    }
+    // Only the first call can succeed, and there is only one.
+    let _ = log::set_logger(&Logger);
+    log::set_max_level(LevelFilter::Info);
+}
+
+/// Writes past the log's level and format: for dumps of a dying kernel.
+pub fn write_raw(arguments: fmt::Arguments<'_>) {
+    // The port cannot fail.
+    let _ = Serial.write_fmt(arguments);
+}

@@ -1,0 +1,95 @@
+//! L1's memory: the heap for its own data, the frame pool for machines, and its page tables.
+//!
+//! Everything is identity-mapped: a virtual address is the physical address.
+
+pub mod frames;
+pub mod heap;
+pub mod paging;
+
+use crate::boot::{BootInfo, MemoryKind};
+use alloc::vec::Vec;
+use frames::{FramePool, LARGE_FRAME};
+pub use paging::map_mmio;
+
+/// L1's heap beyond the static one it boots with, in bytes.
+const HEAP_BYTES: u64 = 48 << 20;
+/// Below this a node cannot hold its heap, an image and one machine.
+const MINIMUM_BYTES: u64 = 192 << 20;
+/// Firmware, real-mode vectors and legacy holes.
+const LOW_MEMORY_END: u64 = 1 << 20;
+
+unsafe extern "C" {
+    static __kernel_start: u8;
+    static __kernel_end: u8;
+}
+
+/// Why the node cannot run in the memory it was given.
+#[derive(Debug)]
+pub struct TooLittleMemory {
+    /// Usable RAM in MiB.
+    pub found_mib: u64,
+}
+
+impl core::fmt::Display for TooLittleMemory {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        let needed = MINIMUM_BYTES >> 20;
+        write!(
+            f,
+            "{} MiB of memory; a node needs {needed} MiB and the size of its jobs: give the VM more memory",
+            self.found_mib
+        )
+    }
+}
+
+/// Sets up heap and page tables; what RAM is left becomes the frame pool.
+///
+/// # Errors
+/// [`TooLittleMemory`] when the heap does not fit or too little would be left for machines.
+pub fn init(boot: &BootInfo) -> Result<FramePool, TooLittleMemory> {
+    let total: u64 =
+        boot.memory.iter().filter(|r| r.kind == MemoryKind::Usable).map(|r| r.end - r.start).sum();
+    let mut free = free_ranges(boot);
+    let too_little = TooLittleMemory { found_mib: total >> 20 };
+    if total < MINIMUM_BYTES {
+        return Err(too_little);
+    }
+    // The boot page tables map 4 GiB, so the heap goes there.
+    let heap =
+        free.iter_mut().find(|(start, end)| *start + HEAP_BYTES <= (*end).min(1 << 32)).ok_or(too_little)?;
+    let heap_start = heap.0;
+    heap.0 += HEAP_BYTES;
+    // SAFETY: the range is usable RAM, identity-mapped by the boot tables, 2 MiB-aligned, and now in no other list.
+    unsafe { heap::claim(heap_start, HEAP_BYTES) };
+    paging::init(boot);
+    let mut pool = FramePool::new();
+    for (start, end) in free {
+        pool.add(start, end);
+    }
+    Ok(pool)
+}
+
+/// Usable RAM in whole 2 MiB frames that neither the kernel nor a module occupies.
+fn free_ranges(boot: &BootInfo) -> Vec<(u64, u64)> {
+    let kernel = (&raw const __kernel_start as u64, &raw const __kernel_end as u64);
+    let modules = boot.modules.iter().map(|m| (m.as_ptr() as u64, m.as_ptr() as u64 + m.len() as u64));
+    let occupied: Vec<(u64, u64)> =
+        core::iter::once((0, LOW_MEMORY_END)).chain(core::iter::once(kernel)).chain(modules).collect();
+    let mut free = Vec::new();
+    for range in boot.memory.iter().filter(|range| range.kind == MemoryKind::Usable) {
+        let mut pieces = Vec::from([(range.start, range.end)]);
+        for &(start, end) in &occupied {
+            pieces = pieces
+                .into_iter()
+                .flat_map(|(s, e)| [(s, e.min(start)), (s.max(end), e)])
+                .filter(|(s, e)| s < e)
+                .collect();
+        }
+        free.extend(
+            pieces
+                .into_iter()
+                .map(|(s, e)| (s.next_multiple_of(LARGE_FRAME), e & !(LARGE_FRAME - 1)))
+                .filter(|(s, e)| s < e),
+        );
+    }
+    free
+}
