@@ -10,6 +10,8 @@
 extern crate alloc;
 
 pub mod address;
+pub mod interrupt;
 pub mod layout;
 pub mod memory;
 pub mod state;
+pub mod vcpu;
