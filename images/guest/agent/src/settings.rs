@@ -1,0 +1,109 @@
+//! What the agent can be told, on its command line or the kernel's.
+
+use std::path::PathBuf;
+
+/// How the agent reaches the node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Transport {
+    /// The machine's vsock, to the address in [`nestling_api::agent`].
+    Vsock,
+    /// A character device (a serial or virtio-console port), for hypervisors without vsock.
+    Device(PathBuf),
+    /// The socket that is this process's standard input.
+    Stdin,
+}
+
+/// Where things are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Settings {
+    /// How the agent reaches the node.
+    pub(crate) transport: Transport,
+    /// Where a step starts if it names no working directory.
+    pub(crate) work: PathBuf,
+    /// Where the agent writes the steps' scripts.
+    pub(crate) scripts: PathBuf,
+    /// `HOME` of the steps.
+    pub(crate) home: String,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            transport: Transport::Vsock,
+            work: "/workspace".into(),
+            scripts: "/run/nestling".into(),
+            home: "/root".into(),
+        }
+    }
+}
+
+impl Settings {
+    /// Settings from `nestling-agent [--stdin] [--work FOLDER] [--scripts FOLDER] [--home FOLDER]`.
+    ///
+    /// # Errors
+    /// A message that names the argument in question.
+    pub(crate) fn from_arguments(arguments: impl Iterator<Item = String>) -> Result<Self, String> {
+        let (mut settings, mut arguments) = (Self::default(), arguments);
+        while let Some(argument) = arguments.next() {
+            let mut value = || arguments.next().ok_or_else(|| format!("{argument} needs a folder after it"));
+            match argument.as_str() {
+                "--stdin" => settings.transport = Transport::Stdin,
+                "--work" => settings.work = value()?.into(),
+                "--scripts" => settings.scripts = value()?.into(),
+                "--home" => settings.home = value()?,
+                _ => {
+                    return Err(format!(
+                        "unknown argument {argument}; use --stdin, --work FOLDER, --scripts FOLDER or --home FOLDER"
+                    ));
+                }
+            }
+        }
+        Ok(settings)
+    }
+
+    /// Takes `nestling.transport=DEVICE` from the kernel's command line.
+    pub(crate) fn read_kernel_command_line(&mut self, line: &str) {
+        for word in line.split_ascii_whitespace() {
+            if let Some(path) = word.strip_prefix("nestling.transport=") {
+                self.transport = Transport::Device(path.into());
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(arguments: &[&str]) -> Result<Settings, String> {
+        Settings::from_arguments(arguments.iter().map(|&argument| argument.to_owned()))
+    }
+
+    #[test]
+    fn without_arguments_the_agent_calls_the_node_over_vsock() {
+        assert_eq!(parse(&[]).unwrap().transport, Transport::Vsock);
+    }
+
+    #[test]
+    fn folders_and_the_transport_can_be_named() {
+        let settings = parse(&["--stdin", "--work", "/w", "--scripts", "/s", "--home", "/h"]).unwrap();
+        assert_eq!(settings.transport, Transport::Stdin);
+        assert_eq!((settings.work, settings.scripts), ("/w".into(), "/s".into()));
+        assert_eq!(settings.home, "/h");
+    }
+
+    #[test]
+    fn an_unknown_or_incomplete_argument_is_named_in_the_error() {
+        assert!(parse(&["--wrok", "/w"]).unwrap_err().contains("--wrok"));
+        assert!(parse(&["--work"]).unwrap_err().contains("--work"));
+    }
+
+    #[test]
+    fn the_kernel_command_line_can_name_a_device() {
+        let mut settings = Settings::default();
+        settings.read_kernel_command_line("quiet console=ttyS0\n");
+        assert_eq!(settings.transport, Transport::Vsock);
+        settings.read_kernel_command_line("quiet nestling.transport=/dev/ttyS1 panic=-1\n");
+        assert_eq!(settings.transport, Transport::Device("/dev/ttyS1".into()));
+    }
+}

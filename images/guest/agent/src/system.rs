@@ -1,0 +1,121 @@
+//! What PID 1 owes a Linux system: its file systems, modules, name and loopback interface; and the end of the machine.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::kmod::{ModuleInitFlags, finit_module};
+use nix::mount::{MsFlags, mount};
+use nix::sys::reboot::{RebootMode, reboot};
+use nix::sys::resource::{Resource, setrlimit};
+
+use crate::settings::Settings;
+
+/// The modules to load, one file name a line, in order; written by the image's recipe.
+const MODULES: &str = "/etc/nestling/modules";
+/// Open files of a step: what most programs expect at first, and what they may ask for (systemd's defaults).
+const OPEN_FILES: (u64, u64) = (1024, 524_288);
+
+/// One file system to mount: kind, place, options.
+const FILE_SYSTEMS: [(&str, &str, Option<&str>); 8] = [
+    ("proc", "/proc", None),
+    ("sysfs", "/sys", None),
+    ("devtmpfs", "/dev", Some("mode=0755")),
+    ("devpts", "/dev/pts", Some("gid=5,mode=0620,ptmxmode=0666")),
+    ("tmpfs", "/dev/shm", Some("mode=1777")),
+    ("tmpfs", "/run", Some("mode=0755")),
+    ("tmpfs", "/tmp", Some("mode=1777")),
+    ("cgroup2", "/sys/fs/cgroup", None),
+];
+
+/// Brings a freshly booted machine to where steps can run.
+///
+/// # Errors
+/// What could not be done, when nothing would work without it.
+pub(crate) fn start(settings: &mut Settings) -> Result<(), String> {
+    for (kind, place, options) in FILE_SYSTEMS {
+        mount_at(kind, Path::new(place), options)?;
+    }
+    for (link, target) in [("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")]
+    {
+        optional(&format!("link /dev/{link}"), symlink(target, Path::new("/dev").join(link)));
+    }
+    optional("set the host name", nix::unistd::sethostname("nestling").map_err(io::Error::from));
+    // 0x1 is IFF_UP (Linux: include/uapi/linux/if.h).
+    optional("bring lo up", fs::write("/sys/class/net/lo/flags", "0x1"));
+    let (soft, hard) = OPEN_FILES;
+    optional(
+        "set the limit of open files",
+        setrlimit(Resource::RLIMIT_NOFILE, soft, hard).map_err(io::Error::from),
+    );
+    for folder in [&settings.work, Path::new(&settings.home)] {
+        fs::create_dir_all(folder).map_err(|error| format!("cannot create {}: {error}", folder.display()))?;
+    }
+    fs::set_permissions(&settings.home, fs::Permissions::from_mode(0o700)).unwrap_or_default();
+    settings.read_kernel_command_line(&fs::read_to_string("/proc/cmdline").unwrap_or_default());
+    load_modules()
+}
+
+/// Makes this process the parent of its descendants' orphans, as PID 1 is by nature.
+pub(crate) fn adopt_orphans() {
+    optional("adopt orphans", nix::sys::prctl::set_child_subreaper(true).map_err(io::Error::from));
+}
+
+/// A machine out of memory loses a step, not its agent. Only root may ask for this.
+pub(crate) fn protect_from_the_oom_killer() {
+    let _ = fs::write("/proc/self/oom_score_adj", "-1000");
+}
+
+/// Turns the machine off.
+pub(crate) fn power_off() -> ! {
+    end(RebootMode::RB_POWER_OFF)
+}
+
+/// Restarts the machine, which for the node is another way to end it.
+pub(crate) fn restart() -> ! {
+    end(RebootMode::RB_AUTOBOOT)
+}
+
+fn end(mode: RebootMode) -> ! {
+    // Only a process without the right to do so comes back from here; as PID 1 its exit is a kernel panic, seen by the node.
+    let _ = reboot(mode);
+    std::process::exit(1)
+}
+
+fn mount_at(kind: &str, place: &Path, options: Option<&str>) -> Result<(), String> {
+    let _ = fs::create_dir_all(place);
+    let flags = if kind == "devtmpfs" || kind == "devpts" {
+        MsFlags::MS_NOSUID
+    } else {
+        MsFlags::MS_NOSUID | MsFlags::MS_NODEV
+    };
+    match mount(Some(kind), place, Some(kind), flags, options) {
+        Ok(()) | Err(Errno::EBUSY) => Ok(()),
+        Err(error) => Err(format!("cannot mount {kind} at {}: {}", place.display(), error.desc())),
+    }
+}
+
+fn load_modules() -> Result<(), String> {
+    let list = match fs::read_to_string(MODULES) {
+        Ok(list) => list,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(format!("cannot read {MODULES}: {error}")),
+    };
+    for path in list.lines().map(str::trim).filter(|path| !path.is_empty()) {
+        let file = fs::File::open(path).map_err(|error| format!("cannot open the module {path}: {error}"))?;
+        match finit_module(&file, c"", ModuleInitFlags::empty()) {
+            Ok(()) | Err(Errno::EEXIST) => {}
+            Err(error) => return Err(format!("cannot load the module {path}: {}", error.desc())),
+        }
+    }
+    Ok(())
+}
+
+/// Reports what failed without being essential.
+fn optional(what: &str, result: io::Result<()>) {
+    if let Err(error) = result {
+        eprintln!("nestling-agent: cannot {what}: {error}");
+    }
+}
