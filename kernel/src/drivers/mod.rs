@@ -1,5 +1,10 @@
 //! L1's own devices: what the firmware tells, the clock, PCI, and the network interface.
 
 pub mod acpi;
+pub mod dma;
+pub mod nic;
+pub mod pci;
 pub mod rtc;
 pub mod serial;
+pub mod virtio_net;
+pub mod virtio_transport;

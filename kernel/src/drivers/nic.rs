@@ -1,0 +1,55 @@
+//! What the uplink needs of a network interface, and the search for one.
+
+use alloc::boxed::Box;
+use alloc::string::String;
+
+use super::acpi::Firmware;
+use super::pci::ConfigSpace;
+use super::virtio_net::VirtioNet;
+
+/// The longest Ethernet frame without its checksum: 1500 bytes of payload.
+pub const MAX_FRAME_BYTES: usize = 1514;
+
+/// A network interface. No call waits for the device.
+pub trait Nic {
+    /// The driver's name for people.
+    fn driver(&self) -> &'static str;
+
+    /// The interface's Ethernet address.
+    fn mac(&self) -> [u8; 6];
+
+    /// Copies the oldest received frame to the front of `into` and returns its length; frames that do not fit are dropped.
+    fn receive(&mut self, into: &mut [u8]) -> Option<usize>;
+
+    /// Whether [`Nic::transmit`] would take a frame now.
+    fn can_transmit(&mut self) -> bool;
+
+    /// Queues a frame for sending. False if it was dropped because the queue is full, the frame too long or the device broken.
+    fn transmit(&mut self, frame: &[u8]) -> bool;
+
+    /// Whether the interface has raised an interrupt since the last call.
+    fn take_interrupt(&mut self) -> bool;
+
+    /// Whether the interface raises interrupts; otherwise it has to be polled.
+    fn has_interrupt(&self) -> bool;
+}
+
+/// The first usable network interface, or why there is none.
+///
+/// # Errors
+/// A message that names what was found and what to do.
+pub fn find(firmware: &Firmware) -> Result<Box<dyn Nic>, String> {
+    let advice = "give the VM a virtio-net PCI device (QEMU: -device virtio-net-pci,netdev=...)";
+    let space = ConfigSpace::find(firmware).ok_or_else(|| alloc::format!("no PCI bus found; {advice}"))?;
+    let mut failure = None;
+    for function in space.functions() {
+        log::debug!("pci: {function}");
+        if VirtioNet::drives(&function) {
+            match VirtioNet::new(space, &function) {
+                Ok(nic) => return Ok(Box::new(nic)),
+                Err(error) => failure = Some(alloc::format!("virtio-net {function}: {error}; {advice}")),
+            }
+        }
+    }
+    Err(failure.unwrap_or_else(|| alloc::format!("no supported network interface found; {advice}")))
+}
