@@ -29,7 +29,8 @@ pub(crate) fn kernel_cargo(toolchain: Toolchain, command: &str) -> Command {
     };
     cargo.arg(command).args(["-p", "nestling-kernel", "--target", TARGET]).current_dir(workspace_root());
     if toolchain == Toolchain::Debian {
-        cargo.args(["-Zbuild-std=core,alloc,compiler_builtins", "-Zbuild-std-features=compiler-builtins-mem"]);
+        cargo
+            .args(["-Zbuild-std=core,alloc,compiler_builtins", "-Zbuild-std-features=compiler-builtins-mem"]);
         // Apart from the other compiler's results, so that neither rebuilds after the other.
         cargo.arg("--target-dir").arg(target_folder().join("debian"));
     }

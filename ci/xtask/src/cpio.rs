@@ -51,7 +51,9 @@ impl Archive {
         for (number, (path, entry)) in (1..).zip(&self.entries) {
             let (mode, data, device): (u32, &[u8], (u32, u32)) = match entry {
                 Entry::Folder => (0o040_755, &[], (0, 0)),
-                Entry::File { contents, executable } => (if *executable { 0o100_755 } else { 0o100_644 }, contents, (0, 0)),
+                Entry::File { contents, executable } => {
+                    (if *executable { 0o100_755 } else { 0o100_644 }, contents, (0, 0))
+                }
                 Entry::Link { target } => (0o120_777, target.as_bytes(), (0, 0)),
                 Entry::Device { kind, major, minor } => (*kind, &[], (*major, *minor)),
             };

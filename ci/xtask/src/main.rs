@@ -16,7 +16,11 @@ use std::process::ExitCode;
 
 /// What to do with the workspace.
 #[derive(Parser)]
-#[command(name = "cargo xtask", bin_name = "cargo xtask", about = "Set-up, images, tests, demo and benchmarks of nestling")]
+#[command(
+    name = "cargo xtask",
+    bin_name = "cargo xtask",
+    about = "Set-up, images, tests, demo and benchmarks of nestling"
+)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,

@@ -11,15 +11,23 @@ pub(crate) fn shown(command: &Command) -> String {
     let mut words = vec![command.get_program().to_string_lossy().into_owned()];
     for argument in command.get_args() {
         let argument = argument.to_string_lossy();
-        let plain = !argument.is_empty() && argument.chars().all(|c| c.is_ascii_graphic() && !"'\"\\$&|;<>*?()".contains(c));
-        words.push(if plain { argument.into_owned() } else { format!("'{}'", argument.replace('\'', "'\\''")) });
+        let plain = !argument.is_empty()
+            && argument.chars().all(|c| c.is_ascii_graphic() && !"'\"\\$&|;<>*?()".contains(c));
+        words.push(if plain {
+            argument.into_owned()
+        } else {
+            format!("'{}'", argument.replace('\'', "'\\''"))
+        });
     }
     words.join(" ")
 }
 
 /// Runs `command` with this program's own output; an error if it does not succeed.
 pub(crate) fn run(command: &mut Command) -> Result<()> {
-    let status = command.stdin(Stdio::null()).status().with_context(|| format!("cannot start `{}`", shown(command)))?;
+    let status = command
+        .stdin(Stdio::null())
+        .status()
+        .with_context(|| format!("cannot start `{}`", shown(command)))?;
     if !status.success() {
         bail!("`{}` failed ({status})", shown(command));
     }
@@ -28,7 +36,10 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
 
 /// Runs `command` and returns what it printed on standard output; an error, with its standard error, if it does not succeed.
 pub(crate) fn output(command: &mut Command) -> Result<String> {
-    let output = command.stdin(Stdio::null()).output().with_context(|| format!("cannot start `{}`", shown(command)))?;
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("cannot start `{}`", shown(command)))?;
     if !output.status.success() {
         let told = String::from_utf8_lossy(&output.stderr);
         bail!("`{}` failed ({}): {}", shown(command), output.status, told.trim());
@@ -38,7 +49,12 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
 
 /// True if `command` starts and succeeds; its output is thrown away.
 pub(crate) fn succeeds(command: &mut Command) -> bool {
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|status| status.success())
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success())
 }
 
 /// Where `program` stands in `PATH`.

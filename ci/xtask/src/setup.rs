@@ -72,7 +72,9 @@ pub(crate) fn ensure() -> Result<Toolchain> {
         install(&missing.iter().flat_map(|tool| tool.package.split(' ')).collect::<Vec<_>>())?;
     }
     for tool in &TOOLS {
-        let path = find(tool.program).with_context(|| format!("{} is still missing after installing {}", tool.program, tool.package))?;
+        let path = find(tool.program).with_context(|| {
+            format!("{} is still missing after installing {}", tool.program, tool.package)
+        })?;
         eprintln!("setup: {:<20} {}", tool.program, path.display());
     }
     for component in ["clippy", "fmt"] {
@@ -97,7 +99,11 @@ pub(crate) fn ensure() -> Result<Toolchain> {
                 install(&DEBIAN_RUST)?;
             }
             let version = output(debian("rustc").arg("--version"))?;
-            eprintln!("setup: {:<20} Debian's {}, core and alloc from source", "kernel toolchain", version.trim());
+            eprintln!(
+                "setup: {:<20} Debian's {}, core and alloc from source",
+                "kernel toolchain",
+                version.trim()
+            );
         }
     }
     fs::create_dir_all(workspace_root().join("target"))?;
@@ -112,7 +118,9 @@ fn asked_toolchain() -> Result<Option<Toolchain>> {
         Ok("debian") => Ok(Some(Toolchain::Debian)),
         Ok("rustup") => Ok(Some(Toolchain::Rustup)),
         Ok("") | Err(_) => Ok(None),
-        Ok(other) => bail!("NESTLING_TOOLCHAIN is `{other}`; set it to `rustup` or `debian`, or leave it unset"),
+        Ok(other) => {
+            bail!("NESTLING_TOOLCHAIN is `{other}`; set it to `rustup` or `debian`, or leave it unset")
+        }
     }
 }
 
@@ -150,7 +158,10 @@ pub(crate) fn debian(program: &str) -> Command {
 fn install(packages: &[&str]) -> Result<()> {
     let by_hand = format!("apt-get install --no-install-recommends {}", packages.join(" "));
     if find("apt-get").is_none() {
-        bail!("this is no Debian, and set-up can install only there; install the counterparts of: {}", packages.join(" "));
+        bail!(
+            "this is no Debian, and set-up can install only there; install the counterparts of: {}",
+            packages.join(" ")
+        );
     }
     let root = output(Command::new("id").arg("-u"))?.trim() == "0";
     if !root && !succeeds(Command::new("sudo").args(["-n", "true"])) {

@@ -33,7 +33,15 @@ impl Machine {
     pub(super) fn qemu(memory_mib: u32) -> Command {
         let mut command = Command::new("qemu-system-x86_64");
         command.args(["-M", "pc", "-accel", "tcg,thread=multi", "-cpu", "max,-la57", "-smp", "1"]);
-        command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"]);
+        command.args([
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-no-reboot",
+            "-serial",
+            "stdio",
+        ]);
         command.args(["-m", &memory_mib.to_string()]);
         command
     }
@@ -85,9 +93,15 @@ impl Machine {
                     return Ok((at, line));
                 }
                 Err(RecvTimeoutError::Timeout) => {
-                    bail!("nothing arrived on the serial port for {} s; its last lines:\n{}", limit.as_secs(), self.tail())
+                    bail!(
+                        "nothing arrived on the serial port for {} s; its last lines:\n{}",
+                        limit.as_secs(),
+                        self.tail()
+                    )
                 }
-                Err(RecvTimeoutError::Disconnected) => bail!("QEMU ended early; its last lines:\n{}", self.tail()),
+                Err(RecvTimeoutError::Disconnected) => {
+                    bail!("QEMU ended early; its last lines:\n{}", self.tail())
+                }
             }
         }
     }

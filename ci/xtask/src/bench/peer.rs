@@ -4,6 +4,7 @@
 //! userland is as short as a Linux L1's can be; QEMU and its libraries come on a disk and are unpacked after that mark is taken.
 
 use super::machine::Machine;
+use super::rows::Samples;
 use crate::build::workspace_root;
 use crate::cpio::Archive;
 use crate::process::{output, run};
@@ -18,18 +19,6 @@ pub(super) struct Peer {
     kernel: PathBuf,
     initramfs: PathBuf,
     disk: PathBuf,
-}
-
-/// One run of the peer, from QEMU's start to L1's power-off.
-pub(super) struct PeerRun {
-    /// L0 start to L1 userland.
-    pub(super) cold: Duration,
-    /// L1 kernel start (its first serial byte) to L1 userland.
-    pub(super) boot: Duration,
-    /// The VMM's exec in L1 to the L2's READY.
-    pub(super) job: Duration,
-    /// Exits of L2 until it powered off, counted only when asked for.
-    pub(super) exits: Option<u64>,
 }
 
 /// L1's first program. The `MARK` lines are what the benchmark times.
@@ -72,7 +61,10 @@ impl Peer {
             initramfs: folder.join("l1.cpio"),
             disk: folder.join("l1-disk.cpio"),
         };
-        let recipe = format!("{L1_INIT}{L2_INIT}{MODULES:?}{}", output(Command::new("qemu-system-x86_64").arg("--version"))?);
+        let recipe = format!(
+            "{L1_INIT}{L2_INIT}{MODULES:?}{}",
+            output(Command::new("qemu-system-x86_64").arg("--version"))?
+        );
         let stamp = folder.join("recipe");
         if fs::read_to_string(&stamp).is_ok_and(|built| built == recipe) {
             return Ok(peer);
@@ -99,18 +91,20 @@ impl Peer {
     }
 
     /// Boots L1, which boots one L2; counting the exits slows L2 a little, so timed runs leave it off.
-    pub(super) fn run(&self, count_exits: bool) -> Result<PeerRun> {
+    pub(super) fn run(&self, count_exits: bool) -> Result<Samples> {
         let mut command = Machine::qemu(2048);
         let append = if count_exits { " count_exits" } else { "" };
         command.arg("-kernel").arg(&self.kernel).arg("-initrd").arg(&self.initramfs);
         // The decompressor's first word on the early console is the kernel's start, seen from outside.
         command.args(["-append", &format!("earlyprintk=ttyS0,115200 console=ttyS0 quiet panic=-1{append}")]);
-        command.arg("-drive").arg(format!("if=none,id=d0,format=raw,readonly=on,file={}", self.disk.display()));
+        command
+            .arg("-drive")
+            .arg(format!("if=none,id=d0,format=raw,readonly=on,file={}", self.disk.display()));
         command.args(["-device", "virtio-blk-pci,drive=d0"]);
 
         let mut machine = Machine::start(command)?;
         let (mut userland, mut vmm, mut ready) = (None, None, None);
-        let mut exits = None;
+        let mut exits: Option<u32> = None;
         loop {
             let (at, line) = machine.next_line(Duration::from_secs(120))?;
             match line.as_str() {
@@ -118,7 +112,9 @@ impl Peer {
                 "MARK vmm" => vmm = Some(at),
                 "READY" => ready = Some(at),
                 "MARK done" => break,
-                line => exits = line.trim().strip_prefix("Hits: ").and_then(|hits| hits.parse().ok()).or(exits),
+                line => {
+                    exits = line.trim().strip_prefix("Hits: ").and_then(|hits| hits.parse().ok()).or(exits)
+                }
             }
         }
         let marks = (machine.first_byte, userland, vmm, ready);
@@ -128,8 +124,15 @@ impl Peer {
         if count_exits && exits.is_none() {
             bail!("the peer counted no exits; its last lines:\n{}", machine.tail());
         }
-        let since = |from: Instant, to: Instant| to.saturating_duration_since(from);
-        Ok(PeerRun { cold: since(machine.started, userland), boot: since(kernel, userland), job: since(vmm, ready), exits })
+        let since = |from: Instant, to: Instant| Some(to.saturating_duration_since(from).as_secs_f64());
+        Ok(Samples {
+            cold: since(machine.started, userland),
+            boot: since(kernel, userland),
+            job: since(vmm, ready),
+            first_output: since(vmm, ready),
+            exits: exits.map(f64::from),
+            ..Samples::default()
+        })
     }
 }
 
@@ -142,7 +145,9 @@ fn unpack(folder: &Path) -> Result<PathBuf> {
     let depends = output(Command::new("apt-cache").args(["depends", "linux-image-cloud-amd64"]))?;
     let kernel = depends
         .lines()
-        .find_map(|line| line.trim().strip_prefix("Depends: ").filter(|name| name.starts_with("linux-image-")))
+        .find_map(|line| {
+            line.trim().strip_prefix("Depends: ").filter(|name| name.starts_with("linux-image-"))
+        })
         .context("apt-cache knows no linux-image-cloud-amd64; run `apt-get update`")?;
     run(Command::new("apt-get").args(["-q", "download", kernel, "busybox-static"]).current_dir(&cache))?;
     for package in fs::read_dir(&cache)? {
@@ -167,10 +172,12 @@ fn add_module(archive: &mut Archive, loaded: &mut Vec<String>, folder: &Path, na
     if loaded.iter().any(|other| other == name) {
         return Ok(());
     }
-    let file = find_file(folder, &format!("{name}.ko"))?.with_context(|| format!("the kernel package has no module {name}"))?;
+    let file = find_file(folder, &format!("{name}.ko"))?
+        .with_context(|| format!("the kernel package has no module {name}"))?;
     let contents = fs::read(&file)?;
     // The .modinfo section holds NUL-terminated strings; this one lists names with commas.
-    let start = contents.windows(9).position(|window| window == b"\0depends=").map_or(contents.len(), |at| at + 9);
+    let start =
+        contents.windows(9).position(|window| window == b"\0depends=").map_or(contents.len(), |at| at + 9);
     let depends = contents[start..].split(|&byte| byte == 0).next().unwrap_or_default();
     for other in String::from_utf8_lossy(depends).split(',').filter(|other| !other.is_empty()) {
         add_module(archive, loaded, folder, other)?;
@@ -222,7 +229,10 @@ fn vmm(kernel: &Path, initramfs: &[u8]) -> Result<Archive> {
     archive.file("qemu", fs::read(&qemu)?, true);
     for firmware in ["bios-microvm.bin", "linuxboot_dma.bin"] {
         let found = ["/usr/share/qemu", "/usr/share/seabios"].map(|folder| Path::new(folder).join(firmware));
-        let file = found.iter().find(|file| file.exists()).with_context(|| format!("QEMU's {firmware} is not installed"))?;
+        let file = found
+            .iter()
+            .find(|file| file.exists())
+            .with_context(|| format!("QEMU's {firmware} is not installed"))?;
         archive.file(&format!("share/{firmware}"), fs::read(file)?, false);
     }
     archive.file("vmlinuz", fs::read(kernel)?, false);
