@@ -13,5 +13,6 @@ pub mod address;
 pub mod interrupt;
 pub mod layout;
 pub mod memory;
+pub mod platform;
 pub mod state;
 pub mod vcpu;
