@@ -30,26 +30,11 @@ pub(crate) fn serve(
 ) -> Result<(), String> {
     connection.say(&AgentMessage::Hello(hello()))?;
     let mut agent = Agent { connection, settings, step: None, held: VecDeque::new() };
-    loop {
-        if agent.connection.send().is_err() {
-            break;
-        }
-        let ready = agent.wait(signals)?;
-        if ready.signals {
-            agent.take_signals(signals);
-        }
-        if ready.node && !agent.connection.receive() {
-            break;
-        }
-        while let Some(message) = agent.connection.next_message()? {
-            agent.obey(message)?;
-        }
-        agent.advance(ready.output)?;
-    }
+    let ended = agent.converse(signals);
     if let Some(step) = &mut agent.step {
         step.kill();
     }
-    Ok(())
+    ended
 }
 
 /// What [`Agent::wait`] found.
@@ -69,6 +54,26 @@ struct Agent<'a> {
 }
 
 impl Agent<'_> {
+    /// Does what the node asks until it hangs up.
+    fn converse(&mut self, signals: &Signals) -> Result<(), String> {
+        loop {
+            if self.connection.send().is_err() {
+                return Ok(());
+            }
+            let ready = self.wait(signals)?;
+            if ready.signals {
+                self.take_signals(signals);
+            }
+            if ready.node && !self.connection.receive() {
+                return Ok(());
+            }
+            while let Some(message) = self.connection.next_message()? {
+                self.obey(message)?;
+            }
+            self.advance(ready.output)?;
+        }
+    }
+
     /// Waits until something can be done.
     fn wait(&mut self, signals: &Signals) -> Result<Ready, String> {
         let drained = self.connection.is_drained();
