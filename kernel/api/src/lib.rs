@@ -3,7 +3,8 @@
 //! Everything here is a plain state machine: bytes and the time go in, bytes and deadlines come out. Nothing blocks, nothing
 //! reads a clock, and nothing knows of a network stack or a hypervisor, so all of it is tested on the host.
 //!
-//! [`types`] is what travels over HTTP, [`agent`] what travels over vsock between the node and the agent in a guest.
+//! [`types`] is what travels over HTTP, [`agent`] what travels over vsock between the node and the agent in a guest,
+//! [`jobs`] what happens in between.
 
 #![no_std]
 #![forbid(unsafe_code)]
@@ -13,4 +14,42 @@ extern crate alloc;
 extern crate std;
 
 pub mod agent;
+mod budget;
+mod config;
+pub mod error;
+pub mod jobs;
+pub mod log;
+pub mod multiplex;
+mod node;
+pub mod time;
 pub mod types;
+
+pub use config::{ApiConfig, Limits};
+pub use node::Node;
+pub use time::Clock;
+
+use budget::Budget;
+use jobs::JobStore;
+
+/// The API of one node: all that its connections share.
+#[derive(Debug)]
+pub struct Api {
+    /// The node's jobs.
+    pub jobs: JobStore,
+    config: ApiConfig,
+    bodies: Budget,
+    answers: Budget,
+}
+
+impl Api {
+    /// An API without jobs.
+    #[must_use]
+    pub fn new(config: ApiConfig) -> Self {
+        Self {
+            jobs: JobStore::new(config.limits),
+            bodies: Budget::new(config.limits.bodies_total_bytes),
+            answers: Budget::new(config.limits.answers_total_bytes),
+            config,
+        }
+    }
+}

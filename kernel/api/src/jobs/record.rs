@@ -1,0 +1,150 @@
+//! What the store keeps of one job.
+
+use alloc::collections::BTreeMap;
+use alloc::string::{String, ToString};
+use alloc::sync::Weak;
+use alloc::vec::Vec;
+
+use super::id::JobId;
+use super::reader::Follower;
+use super::request::Plan;
+use super::run::Run;
+use crate::log::LogRing;
+use crate::time::{Clock, MILLISECOND, rfc3339};
+use crate::types::{Conclusion, Job, JobMemory, LogInfo, Status, Step, StepConclusion, StepRequest, Timings};
+
+/// What is needed to run a job, and no longer once it is over.
+#[derive(Debug, Default)]
+pub(super) struct Script {
+    pub(super) steps: Vec<StepRequest>,
+    pub(super) env: BTreeMap<String, String>,
+}
+
+/// One job.
+#[derive(Debug)]
+pub(super) struct Record {
+    pub(super) id: JobId,
+    pub(super) created_ns: u64,
+    /// What the API shows. `log` and `queue_position` are filled in when it is shown.
+    pub(super) job: Job,
+    pub(super) script: Script,
+    pub(super) log: LogRing,
+    /// There while the job is in progress.
+    pub(super) run: Option<Run>,
+    /// Those who read the log as it grows, as long as they live.
+    pub(super) followers: Vec<Weak<Follower>>,
+    /// The `Idempotency-Key` it was created with.
+    pub(super) idempotency_key: Option<String>,
+    /// Bytes its description takes, roughly.
+    pub(super) weight: usize,
+}
+
+/// What one entry of a map or a vector costs besides its strings, roughly.
+const ENTRY_OVERHEAD: usize = 64;
+/// What a job costs besides its strings, roughly.
+const JOB_OVERHEAD: usize = 1024;
+
+impl Record {
+    pub(super) fn new(id: JobId, plan: Plan, idempotency_key: Option<String>, now: Clock) -> Self {
+        let steps = plan.steps.iter().zip(1..).map(|(step, number)| Step {
+            name: step.name.clone().unwrap_or_default(),
+            number,
+            status: Status::Queued,
+            conclusion: None,
+            exit_code: None,
+            started_at: None,
+            completed_at: None,
+        });
+        let job = Job {
+            id: id.to_string(),
+            name: plan.name,
+            image: plan.image,
+            labels: plan.labels,
+            status: Status::Queued,
+            conclusion: None,
+            exit_code: None,
+            failure_reason: None,
+            console: None,
+            created_at: rfc3339(now.unix_ns),
+            started_at: None,
+            completed_at: None,
+            timeout_seconds: plan.timeout_seconds,
+            machine_config: plan.machine_config,
+            steps: steps.collect(),
+            timings: Timings::default(),
+            exits: BTreeMap::new(),
+            memory: JobMemory::default(),
+            log: LogInfo::default(),
+            queue_position: None,
+        };
+        let mut record = Self {
+            id,
+            created_ns: now.monotonic_ns,
+            job,
+            script: Script { steps: plan.steps, env: plan.env },
+            log: LogRing::new(),
+            run: None,
+            followers: Vec::new(),
+            idempotency_key,
+            weight: 0,
+        };
+        record.weight = record.weigh();
+        record
+    }
+
+    /// Bytes its description takes, roughly.
+    pub(super) fn weigh(&self) -> usize {
+        let env = |env: &BTreeMap<String, String>| -> usize {
+            env.iter().map(|(name, value)| name.len() + value.len() + ENTRY_OVERHEAD).sum()
+        };
+        let job = &self.job;
+        let names = job.name.len() + job.image.len() + job.console.as_ref().map_or(0, String::len);
+        let labels: usize = job.labels.iter().map(|label| label.len() + ENTRY_OVERHEAD).sum();
+        let steps: usize = job.steps.iter().map(|step| step.name.len() + 2 * ENTRY_OVERHEAD).sum();
+        let scripts: usize = self.script.steps.iter().map(|step| step.run.len() + env(&step.env)).sum();
+        let key = self.idempotency_key.as_ref().map_or(0, |key| 2 * key.len() + ENTRY_OVERHEAD);
+        JOB_OVERHEAD + names + labels + steps + scripts + env(&self.script.env) + key
+    }
+
+    /// Milliseconds since the job was created.
+    pub(super) fn elapsed_ms(&self, now: Clock) -> u64 {
+        now.monotonic_ns.saturating_sub(self.created_ns) / MILLISECOND
+    }
+
+    /// Ends the job: nothing of it changes after this but its log shrinking.
+    pub(super) fn complete(&mut self, conclusion: Conclusion, now: Clock) {
+        let unfinished = match conclusion {
+            Conclusion::Cancelled => StepConclusion::Cancelled,
+            _ => StepConclusion::Skipped,
+        };
+        self.end_step(
+            match conclusion {
+                Conclusion::Cancelled => StepConclusion::Cancelled,
+                Conclusion::TimedOut => StepConclusion::TimedOut,
+                _ => StepConclusion::Failure,
+            },
+            now,
+        );
+        for step in self.job.steps.iter_mut().filter(|step| step.status == Status::Queued) {
+            step.status = Status::Completed;
+            step.conclusion = Some(unfinished);
+        }
+        self.job.status = Status::Completed;
+        self.job.conclusion = Some(conclusion);
+        self.job.completed_at = Some(rfc3339(now.unix_ns));
+        self.job.timings.completed_ms = Some(self.elapsed_ms(now));
+        self.run = None;
+        self.script = Script::default();
+        self.followers = Vec::new();
+        self.weight = self.weigh();
+    }
+
+    /// Ends the step that is running, if one is.
+    pub(super) fn end_step(&mut self, conclusion: StepConclusion, now: Clock) {
+        for step in self.job.steps.iter_mut().filter(|step| step.status == Status::InProgress) {
+            step.status = Status::Completed;
+            step.conclusion = Some(conclusion);
+            step.completed_at = Some(rfc3339(now.unix_ns));
+        }
+    }
+}

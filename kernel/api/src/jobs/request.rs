@@ -1,0 +1,488 @@
+//! A job's request: from JSON to something that can run, or to a list of what is wrong with it.
+
+use alloc::collections::BTreeMap;
+use alloc::format;
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+
+use serde_json::error::Category;
+
+use crate::agent;
+use crate::error::{ApiError, ErrorCode};
+use crate::types::{FieldError, Image, JobRequest, MachineConfig, StepRequest};
+
+/// Most bytes of a name.
+pub const MAX_NAME: usize = 256;
+/// Most bytes of a step's script.
+pub const MAX_RUN: usize = 256 * 1024;
+/// Most steps of a job.
+pub const MAX_STEPS: usize = 100;
+/// Most labels of a job, and most bytes of one.
+pub const MAX_LABELS: usize = 100;
+/// Most variables of one environment.
+pub const MAX_ENV: usize = 256;
+/// Most bytes of a variable's value: what Linux takes for one string (`MAX_ARG_STRLEN`) with room for the name.
+pub const MAX_ENV_VALUE: usize = 127 * 1024;
+/// Longest time a job or a step may ask for: a day.
+pub const MAX_TIMEOUT_SECONDS: u32 = 86_400;
+/// Smallest machine, in MiB.
+pub const MIN_MEMORY_MIB: u32 = 64;
+/// Most wrong fields named in one answer.
+const MAX_ERRORS: usize = 20;
+/// What a [`agent::RunStep`] takes on the wire besides its strings, rounded up.
+const RUN_STEP_OVERHEAD: usize = 1024;
+
+const DEFAULT_IMAGE: &str = "minimal";
+const DEFAULT_TIMEOUT_SECONDS: u32 = 3600;
+
+/// A job that can run: every default filled in, every limit checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// The name for people.
+    pub name: String,
+    /// The image to boot; it was there when the job was accepted.
+    pub image: String,
+    /// Labels as sent.
+    pub labels: Vec<String>,
+    /// Seconds it may run.
+    pub timeout_seconds: u32,
+    /// The machine's size.
+    pub machine_config: MachineConfig,
+    /// The steps, each with a name.
+    pub steps: Vec<StepRequest>,
+    /// Environment of every step.
+    pub env: BTreeMap<String, String>,
+}
+
+/// Parses a request's body.
+///
+/// # Errors
+/// [`ErrorCode::InvalidJson`] with line and column, or [`ErrorCode::ValidationFailed`] with the field's path.
+pub fn parse(body: &[u8]) -> Result<JobRequest, ApiError> {
+    let mut json = serde_json::Deserializer::from_slice(body);
+    let request = match serde_path_to_error::deserialize(&mut json) {
+        Ok(request) => request,
+        Err(error) if is_object(body) || error.inner().classify() != Category::Data => {
+            return Err(parse_error(&error.path().to_string(), error.inner()));
+        }
+        Err(_) => return Err(not_an_object()),
+    };
+    json.end().map_err(|error| parse_error("", &error))?;
+    // An array of values in the right order would pass for a struct.
+    if is_object(body) { Ok(request) } else { Err(not_an_object()) }
+}
+
+fn is_object(body: &[u8]) -> bool {
+    body.trim_ascii_start().first() == Some(&b'{')
+}
+
+fn not_an_object() -> ApiError {
+    let message =
+        "the body must be a JSON object such as {\"steps\": [{\"run\": \"make test\"}]}".to_string();
+    ApiError::validation(Vec::from([FieldError { field: String::new(), message }]))
+}
+
+fn parse_error(path: &str, error: &serde_json::Error) -> ApiError {
+    if error.classify() != Category::Data {
+        return ApiError::new(ErrorCode::InvalidJson, format!("the body is not valid JSON: {error}"));
+    }
+    // The parser names an unknown or missing field in its message only.
+    let message = error.to_string();
+    let named = message.split('`').nth(1).filter(|_| {
+        ["unknown field", "missing field", "duplicate field"].iter().any(|start| message.starts_with(start))
+    });
+    let parent = if path == "." { "" } else { path };
+    let field = match named {
+        Some(name) if parent.rsplit('.').next() != Some(name) => {
+            if parent.is_empty() {
+                name.to_string()
+            } else {
+                format!("{parent}.{name}")
+            }
+        }
+        _ => parent.to_string(),
+    };
+    ApiError::validation(Vec::from([FieldError { field, message }]))
+}
+
+/// Checks a request against this node's limits and fills in defaults.
+///
+/// # Errors
+/// [`ErrorCode::ValidationFailed`] with every wrong field (the first 20 of them).
+pub fn plan(request: JobRequest, images: &[Image], max_memory_mib: u32) -> Result<Plan, ApiError> {
+    let mut check = Check::default();
+    if let Some(name) = &request.name {
+        check.text("name", name, MAX_NAME);
+    }
+    let image = request.image.unwrap_or_else(|| DEFAULT_IMAGE.to_string());
+    check.image(&image, images);
+    if request.labels.len() > MAX_LABELS {
+        check
+            .add("labels", format!("has {} entries; at most {MAX_LABELS} are allowed", request.labels.len()));
+    }
+    for (index, label) in request.labels.iter().enumerate().take(MAX_LABELS) {
+        check.text(&format!("labels[{index}]"), label, MAX_LABELS);
+    }
+    check.timeout("timeout_seconds", request.timeout_seconds);
+    let machine_config = request.machine_config.unwrap_or_default();
+    check.machine(machine_config, max_memory_mib);
+    check.env("env", &request.env);
+    check.steps(&request.steps, &request.env);
+    if !check.errors.is_empty() {
+        return Err(ApiError::validation(check.errors));
+    }
+    let mut steps = request.steps;
+    for step in &mut steps {
+        step.name.get_or_insert_with(|| first_line(&step.run));
+    }
+    let first = steps.first().and_then(|step| step.name.clone());
+    Ok(Plan {
+        name: request.name.or(first).unwrap_or_default(),
+        image,
+        labels: request.labels,
+        timeout_seconds: request.timeout_seconds.unwrap_or(DEFAULT_TIMEOUT_SECONDS),
+        machine_config,
+        steps,
+        env: request.env,
+    })
+}
+
+/// A script's first line with something on it, cut to what fits a table.
+fn first_line(run: &str) -> String {
+    const MAX_CHARS: usize = 60;
+    let line = run.lines().map(str::trim).find(|line| !line.is_empty()).unwrap_or_default();
+    let mut chars = line.chars().map(|c| if c.is_control() { ' ' } else { c });
+    let mut name: String = chars.by_ref().take(MAX_CHARS).collect();
+    if chars.next().is_some() {
+        name.push('…');
+    }
+    name
+}
+
+/// Bytes of a string once it is JSON.
+fn json_len(text: &str) -> usize {
+    text.bytes().fold(2, |len, byte| {
+        len.saturating_add(match byte {
+            b'"' | b'\\' | b'\n' | b'\r' | b'\t' | 8 | 12 => 2,
+            0..=31 => 6,
+            _ => 1,
+        })
+    })
+}
+
+fn json_env_len(env: &BTreeMap<String, String>) -> usize {
+    env.iter()
+        .fold(2, |len, (name, value)| len.saturating_add(json_len(name)).saturating_add(json_len(value) + 2))
+}
+
+#[derive(Default)]
+struct Check {
+    errors: Vec<FieldError>,
+}
+
+impl Check {
+    fn add(&mut self, field: &str, message: impl Into<String>) {
+        if self.errors.len() < MAX_ERRORS {
+            self.errors.push(FieldError { field: field.to_string(), message: message.into() });
+        }
+    }
+
+    fn text(&mut self, field: &str, value: &str, max: usize) {
+        if value.trim().is_empty() {
+            self.add(field, "must not be empty; leave it out or give a text");
+        } else if value.len() > max {
+            self.add(field, format!("has {} bytes; at most {max} are allowed", value.len()));
+        } else if value.chars().any(char::is_control) {
+            self.add(field, "must not contain control characters; give one line of text");
+        }
+    }
+
+    fn image(&mut self, name: &str, images: &[Image]) {
+        if images.iter().any(|image| image.name == name) {
+            return;
+        }
+        let shown: String = name.chars().take(64).map(|c| if c.is_control() { ' ' } else { c }).collect();
+        let names: Vec<_> = images.iter().map(|image| image.name.as_str()).collect();
+        let known = if names.is_empty() {
+            "it has none: start it with an image bundle".to_string()
+        } else {
+            format!("it has: {}", names.join(", "))
+        };
+        self.add("image", format!("there is no image '{shown}' on this node; {known}"));
+    }
+
+    fn timeout(&mut self, field: &str, seconds: Option<u32>) {
+        if let Some(seconds) = seconds
+            && !(1..=MAX_TIMEOUT_SECONDS).contains(&seconds)
+        {
+            self.add(field, format!("is {seconds}; give 1 to {MAX_TIMEOUT_SECONDS} seconds"));
+        }
+    }
+
+    fn machine(&mut self, config: MachineConfig, max_memory_mib: u32) {
+        if config.vcpu_count != 1 {
+            let message = format!("is {}; machines have 1 vCPU in this release", config.vcpu_count);
+            self.add("machine_config.vcpu_count", message);
+        }
+        let memory = config.mem_size_mib;
+        if memory < MIN_MEMORY_MIB {
+            let message = format!("is {memory}; a machine needs at least {MIN_MEMORY_MIB} MiB");
+            self.add("machine_config.mem_size_mib", message);
+        } else if memory > max_memory_mib {
+            let message = format!("is {memory}; this node has {max_memory_mib} MiB for a machine at most");
+            self.add("machine_config.mem_size_mib", message);
+        }
+    }
+
+    fn env(&mut self, field: &str, env: &BTreeMap<String, String>) {
+        if env.len() > MAX_ENV {
+            self.add(field, format!("has {} variables; at most {MAX_ENV} are allowed", env.len()));
+            return;
+        }
+        for (name, value) in env {
+            let shown: String =
+                name.chars().take(64).map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect();
+            let path = format!("{field}.{shown}");
+            let mut bytes = name.bytes();
+            let starts_well = bytes.next().is_some_and(|b| b.is_ascii_alphabetic() || b == b'_');
+            if !starts_well || !bytes.all(|b| b.is_ascii_alphanumeric() || b == b'_') || name.len() > MAX_NAME
+            {
+                let rule = "a name is letters, digits and '_', does not start with a digit";
+                self.add(
+                    &path,
+                    format!("is no name of a variable: {rule}, and has at most {MAX_NAME} bytes"),
+                );
+            }
+            if value.contains('\0') {
+                self.add(&path, "must not contain a NUL character; an environment cannot carry one");
+            } else if value.len() > MAX_ENV_VALUE {
+                self.add(&path, format!("has {} bytes; at most {MAX_ENV_VALUE} are allowed", value.len()));
+            }
+        }
+    }
+
+    fn steps(&mut self, steps: &[StepRequest], job_env: &BTreeMap<String, String>) {
+        if steps.is_empty() {
+            self.add("steps", "must not be empty; give at least one step with a run command");
+        }
+        if steps.len() > MAX_STEPS {
+            self.add("steps", format!("has {} entries; at most {MAX_STEPS} are allowed", steps.len()));
+            return;
+        }
+        let job_env_len = json_env_len(job_env);
+        for (index, step) in steps.iter().enumerate() {
+            let path = format!("steps[{index}]");
+            if let Some(name) = &step.name {
+                self.text(&format!("{path}.name"), name, MAX_NAME);
+            }
+            if step.run.trim().is_empty() {
+                self.add(&format!("{path}.run"), "must not be empty; give a shell command");
+            } else if step.run.contains('\0') {
+                self.add(
+                    &format!("{path}.run"),
+                    "must not contain a NUL character; a script cannot carry one",
+                );
+            } else if step.run.len() > MAX_RUN {
+                let message = format!("has {} bytes; at most {MAX_RUN} are allowed", step.run.len());
+                self.add(&format!("{path}.run"), message);
+            }
+            self.timeout(&format!("{path}.timeout_seconds"), step.timeout_seconds);
+            self.env(&format!("{path}.env"), &step.env);
+            let len = json_len(&step.run).saturating_add(job_env_len).saturating_add(json_env_len(&step.env));
+            if len.saturating_add(RUN_STEP_OVERHEAD) > agent::MAX_RUN_STEP {
+                let max = agent::MAX_RUN_STEP;
+                self.add(
+                    &path,
+                    format!("its script and environment take {len} bytes as JSON; at most {max} fit"),
+                );
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use alloc::vec;
+    use serde_json::{Value, json};
+
+    fn images() -> Vec<Image> {
+        vec![Image { name: "minimal".into(), ..Image::default() }]
+    }
+
+    fn planned(request: &Value) -> Result<Plan, ApiError> {
+        plan(parse(request.to_string().as_bytes())?, &images(), 1024)
+    }
+
+    #[track_caller]
+    fn refused(request: &Value) -> Vec<(String, String)> {
+        let error = planned(request).unwrap_err();
+        assert_eq!(error.code, ErrorCode::ValidationFailed, "{}", error.message);
+        error.errors.into_iter().map(|error| (error.field, error.message)).collect()
+    }
+
+    #[track_caller]
+    fn refused_once(request: &Value, field: &str, words: &str) {
+        let errors = refused(request);
+        assert_eq!(errors.len(), 1, "{errors:?}");
+        assert_eq!(errors[0].0, field, "{errors:?}");
+        assert!(errors[0].1.contains(words), "{errors:?}");
+    }
+
+    #[test]
+    fn a_step_alone_is_a_job_with_every_default() {
+        let plan = planned(&json!({"steps": [{"run": "\n  make all \nmake test"}]})).unwrap();
+        assert_eq!(
+            (plan.name.as_str(), plan.image.as_str(), plan.timeout_seconds),
+            ("make all", "minimal", 3600)
+        );
+        assert_eq!(plan.machine_config, MachineConfig { vcpu_count: 1, mem_size_mib: 256 });
+        assert_eq!(plan.steps[0].name.as_deref(), Some("make all"));
+    }
+
+    #[test]
+    fn a_partial_machine_config_keeps_the_other_default() {
+        let plan =
+            planned(&json!({"steps": [{"run": "a"}], "machine_config": {"mem_size_mib": 64}})).unwrap();
+        assert_eq!(plan.machine_config, MachineConfig { vcpu_count: 1, mem_size_mib: 64 });
+    }
+
+    #[test]
+    fn broken_json_is_told_with_line_and_column() {
+        let error = parse(b"{\n \"steps\": [}").unwrap_err();
+        assert_eq!(error.code, ErrorCode::InvalidJson);
+        assert!(error.message.contains("line 2 column 12"), "{}", error.message);
+        assert_eq!(parse(b"").unwrap_err().code, ErrorCode::InvalidJson);
+        assert_eq!(parse(b"{\"steps\":[]} x").unwrap_err().code, ErrorCode::InvalidJson);
+        assert_eq!(parse(b"\xff\xfe").unwrap_err().code, ErrorCode::InvalidJson);
+    }
+
+    #[test]
+    fn json_nested_without_end_is_refused() {
+        let deep = [b"{\"steps\":".as_slice(), &[b'['; 100_000]].concat();
+        assert!(parse(&deep).is_err());
+    }
+
+    #[test]
+    fn an_unknown_field_is_named_with_its_path() {
+        refused_once(
+            &json!({"steps": [{"run": "a"}], "stepz": 1}),
+            "stepz",
+            "unknown field `stepz`, expected one of",
+        );
+        refused_once(&json!({"steps": [{"run": "a", "with": {}}]}), "steps[0].with", "unknown field");
+        let config = json!({"steps": [{"run": "a"}], "machine_config": {"vcpus": 1}});
+        refused_once(&config, "machine_config.vcpus", "expected `vcpu_count` or `mem_size_mib`");
+    }
+
+    #[test]
+    fn a_missing_field_is_named_with_its_path() {
+        refused_once(&json!({}), "steps", "missing field");
+        refused_once(&json!({"steps": [{"run": "a"}, {"name": "b"}]}), "steps[1].run", "missing field");
+    }
+
+    #[test]
+    fn a_wrong_type_is_named_with_its_path() {
+        refused_once(&json!({"steps": [{"run": 5}]}), "steps[0].run", "expected a string");
+        refused_once(
+            &json!({"steps": [{"run": "a"}], "timeout_seconds": -1}),
+            "timeout_seconds",
+            "expected u32",
+        );
+        refused_once(
+            &json!({"steps": [{"run": "a", "env": {"A": 1}}]}),
+            "steps[0].env.A",
+            "expected a string",
+        );
+        refused_once(&json!({"steps": [{"run": "a", "if": "never()"}]}), "steps[0].if", "`always()`");
+        refused_once(&json!([]), "", "must be a JSON object");
+        refused_once(&json!("job"), "", "must be a JSON object");
+    }
+
+    #[test]
+    fn a_field_given_twice_is_named() {
+        let error = parse(br#"{"steps":[{"run":"a"}],"steps":[]}"#).unwrap_err();
+        assert_eq!(error.errors[0].field, "steps", "{error:?}");
+    }
+
+    #[test]
+    fn every_limit_is_told_with_its_field() {
+        let step = json!({"run": "true"});
+        for (request, field, words) in [
+            (json!({"steps": []}), "steps", "at least one step"),
+            (json!({"steps": vec![step.clone(); 101]}), "steps", "at most 100"),
+            (json!({"steps": [step, {"run": " \n"}]}), "steps[1].run", "give a shell command"),
+            (json!({"steps": [{"run": "a\0b"}]}), "steps[0].run", "NUL"),
+            (json!({"steps": [{"run": "x".repeat(MAX_RUN + 1)}]}), "steps[0].run", "262144"),
+            (json!({"steps": [step], "name": ""}), "name", "must not be empty"),
+            (json!({"steps": [step], "name": "n".repeat(257)}), "name", "at most 256"),
+            (json!({"steps": [step], "name": "a\nb"}), "name", "control characters"),
+            (json!({"steps": [{"run": "a", "name": ""}]}), "steps[0].name", "must not be empty"),
+            (
+                json!({"steps": [step], "image": "debian"}),
+                "image",
+                "no image 'debian' on this node; it has: minimal",
+            ),
+            (json!({"steps": [step], "labels": vec!["l"; 101]}), "labels", "at most 100"),
+            (json!({"steps": [step], "labels": ["a", ""]}), "labels[1]", "must not be empty"),
+            (json!({"steps": [step], "timeout_seconds": 0}), "timeout_seconds", "give 1 to 86400"),
+            (json!({"steps": [step], "timeout_seconds": 86401}), "timeout_seconds", "give 1 to 86400"),
+            (json!({"steps": [{"run": "a", "timeout_seconds": 0}]}), "steps[0].timeout_seconds", "give 1 to"),
+            (json!({"steps": [step], "env": {"1A": ""}}), "env.1A", "does not start with a digit"),
+            (json!({"steps": [step], "env": {"": ""}}), "env.", "no name of a variable"),
+            (json!({"steps": [step], "env": {"A=B": ""}}), "env.A=B", "no name of a variable"),
+            (json!({"steps": [step], "env": {"A": "\0"}}), "env.A", "NUL"),
+            (json!({"steps": [step], "env": {"A": "x".repeat(MAX_ENV_VALUE + 1)}}), "env.A", "at most"),
+            (
+                json!({"steps": [step], "machine_config": {"vcpu_count": 2}}),
+                "machine_config.vcpu_count",
+                "1 vCPU in this release",
+            ),
+            (
+                json!({"steps": [step], "machine_config": {"mem_size_mib": 63}}),
+                "machine_config.mem_size_mib",
+                "at least 64",
+            ),
+            (
+                json!({"steps": [step], "machine_config": {"mem_size_mib": 1025}}),
+                "machine_config.mem_size_mib",
+                "1024 MiB for a machine at most",
+            ),
+        ] {
+            refused_once(&request, field, words);
+        }
+    }
+
+    #[test]
+    fn too_many_variables_are_refused() {
+        let env: BTreeMap<_, _> = (0..257).map(|n| (format!("V{n}"), "")).collect();
+        refused_once(&json!({"steps": [{"run": "a"}], "env": env}), "env", "at most 256");
+    }
+
+    #[test]
+    fn a_step_that_would_not_fit_the_agents_frame_is_refused() {
+        let value = "\u{1}".repeat(90 * 1024);
+        let request = json!({"steps": [{"run": "a"}], "env": {"A": value, "B": value}});
+        refused_once(&request, "steps[0]", "bytes as JSON; at most 1048576 fit");
+    }
+
+    #[test]
+    fn all_wrong_fields_are_told_at_once_up_to_twenty() {
+        let errors = refused(&json!({"steps": [{"run": ""}], "name": "", "timeout_seconds": 0}));
+        assert_eq!(errors.len(), 3);
+        let errors = refused(&json!({"steps": vec![json!({"run": ""}); 100]}));
+        assert_eq!(errors.len(), MAX_ERRORS);
+    }
+
+    #[test]
+    fn a_long_command_makes_a_short_name() {
+        assert_eq!(first_line(&"ä".repeat(100)).chars().count(), 61);
+        assert_eq!(first_line("a\tb"), "a b");
+    }
+
+    #[test]
+    fn json_lengths_are_never_too_small() {
+        let text: String = (0..=0x2ff_u32).filter_map(char::from_u32).collect();
+        assert_eq!(json_len(&text), serde_json::to_string(&text).unwrap().len());
+    }
+}

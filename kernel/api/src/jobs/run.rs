@@ -1,0 +1,453 @@
+//! One job while it has a machine: what the agent says, which step is next, and how it ends.
+//!
+//! The node decides everything: order, conditions, timeouts, cancellation, conclusion. The agent only runs what it is told
+//! to, and is believed only in what a step's result was. A run without an explicit result is a system failure.
+
+use alloc::format;
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+
+use super::record::Record;
+use crate::agent::{AgentMessage, Decoder, HostMessage, PROTOCOL, RunStep, StepCompleted};
+use crate::log::Stream;
+use crate::time::{Clock, SECOND, rfc3339};
+use crate::types::{Conclusion, Condition, Status, StepConclusion};
+
+/// How long a machine may take until its agent says hello.
+const AGENT_TIMEOUT_NS: u64 = 120 * SECOND;
+/// How long after a cancel the agent may take to end the running step.
+const CANCEL_STEP_NS: u64 = 10 * SECOND;
+/// How long steps that run even after a cancel may take, all together.
+const CANCEL_STEPS_NS: u64 = 30 * SECOND;
+/// How long after a step's own timeout the node waits for the agent to end it.
+const STEP_BACKSTOP_NS: u64 = 15 * SECOND;
+/// How long after its agent hung up a machine may take to say why (a kernel panic, a power-off).
+const HANG_UP_NS: u64 = 2 * SECOND;
+/// Bytes from the agent that are taken at once. More than a frame, so that a frame always gets through.
+pub(super) const WINDOW: usize = 128 * 1024;
+/// Most bytes kept of a message the agent wrote.
+const MAX_MESSAGE: usize = 1024;
+
+/// How a job ended, before its machine is gone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Verdict {
+    pub(super) conclusion: Conclusion,
+    pub(super) exit_code: Option<i32>,
+    pub(super) reason: Option<String>,
+}
+
+/// The first step that failed.
+#[derive(Clone, Debug)]
+struct FirstFailure {
+    timed_out: bool,
+    exit_code: Option<i32>,
+    reason: String,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Phase {
+    /// Until the agent says hello.
+    Booting { deadline: u64 },
+    /// A step is with the agent.
+    Step { index: usize, started: bool, backstop: Option<u64> },
+    /// The verdict is there.
+    Over,
+}
+
+/// A cancel that has yet to take effect.
+#[derive(Clone, Copy, Debug)]
+struct Cancel {
+    /// When to stop waiting.
+    deadline: u64,
+    /// Whether the step that ran has ended, and those that run even after a cancel do now.
+    cleaning_up: bool,
+}
+
+/// A job's run.
+#[derive(Debug)]
+pub(super) struct Run {
+    phase: Phase,
+    connected: bool,
+    pub(super) decoder: Decoder,
+    outgoing: Vec<u8>,
+    sent: usize,
+    job_deadline: u64,
+    cancel: Option<Cancel>,
+    hang_up_deadline: Option<u64>,
+    failed: Option<FirstFailure>,
+    verdict: Option<Verdict>,
+}
+
+impl Run {
+    pub(super) fn new(timeout_seconds: u32, now: Clock) -> Self {
+        let after = |ns: u64| now.monotonic_ns.saturating_add(ns);
+        Self {
+            phase: Phase::Booting { deadline: after(AGENT_TIMEOUT_NS) },
+            connected: false,
+            decoder: Decoder::new(),
+            outgoing: Vec::new(),
+            sent: 0,
+            job_deadline: after(u64::from(timeout_seconds).saturating_mul(SECOND)),
+            cancel: None,
+            hang_up_deadline: None,
+            failed: None,
+            verdict: None,
+        }
+    }
+
+    pub(super) fn verdict(&self) -> Option<&Verdict> {
+        self.verdict.as_ref()
+    }
+
+    pub(super) fn agent_connected(&mut self) {
+        self.connected = true;
+    }
+
+    /// Bytes for the agent.
+    pub(super) fn transmit(&self) -> &[u8] {
+        self.outgoing.get(self.sent..).unwrap_or_default()
+    }
+
+    pub(super) fn transmitted(&mut self, len: usize) {
+        self.sent = self.sent.saturating_add(len);
+        if self.sent >= self.outgoing.len() {
+            self.outgoing = Vec::new();
+            self.sent = 0;
+        }
+    }
+
+    /// When [`Record::run_timers`] next has something to do.
+    pub(super) fn deadline(&self) -> Option<u64> {
+        let phase = match self.phase {
+            Phase::Booting { deadline } => Some(deadline),
+            Phase::Step { backstop, .. } => backstop,
+            Phase::Over => return None,
+        };
+        let others = [phase, self.cancel.map(|cancel| cancel.deadline), self.hang_up_deadline];
+        others.into_iter().flatten().chain([self.job_deadline]).min()
+    }
+
+    /// The place of the step the agent has, from 0.
+    fn step(&self) -> Option<usize> {
+        match self.phase {
+            Phase::Step { index, .. } => Some(index),
+            _ => None,
+        }
+    }
+
+    fn end(&mut self, conclusion: Conclusion, exit_code: Option<i32>, reason: Option<String>) {
+        if self.verdict.is_none() {
+            self.verdict = Some(Verdict { conclusion, exit_code, reason });
+        }
+        self.phase = Phase::Over;
+        self.decoder = Decoder::new();
+        self.outgoing = Vec::new();
+        self.sent = 0;
+    }
+}
+
+impl Record {
+    /// Takes bytes from the agent.
+    pub(super) fn agent_sent(&mut self, bytes: &[u8], now: Clock) {
+        if let Some(run) = &mut self.run
+            && run.verdict.is_none()
+        {
+            run.decoder.push(bytes);
+        }
+        while let Some(run) = self.run.as_mut().filter(|run| run.verdict.is_none()) {
+            let message = match run.decoder.next_frame() {
+                Ok(Some(frame)) => AgentMessage::decode(frame),
+                Ok(None) => return,
+                Err(error) => Err(error),
+            };
+            match message {
+                Ok(message) => self.agent_said(message, now),
+                Err(error) => self.protocol_broken(&error.to_string()),
+            }
+        }
+    }
+
+    fn agent_said(&mut self, message: AgentMessage, now: Clock) {
+        let Some(phase) = self.run.as_ref().map(|run| run.phase) else { return };
+        match (message, phase) {
+            (AgentMessage::Hello(hello), Phase::Booting { .. }) => {
+                if hello.protocol == PROTOCOL {
+                    self.job.timings.agent_ready_ms = Some(self.elapsed_ms(now));
+                    self.next_step(0, now);
+                } else {
+                    let theirs = hello.protocol;
+                    self.system_failure(format!(
+                        "the image's agent speaks protocol {theirs}, this node {PROTOCOL}; rebuild the image"
+                    ));
+                }
+            }
+            (AgentMessage::StepStarted(said), Phase::Step { index, started: false, backstop })
+                if said.index as usize == index =>
+            {
+                if let Some(run) = &mut self.run {
+                    run.phase = Phase::Step { index, started: true, backstop };
+                }
+            }
+            (AgentMessage::Stdout(bytes), Phase::Step { started: true, .. }) => {
+                self.output(Stream::Stdout, &bytes, now);
+            }
+            (AgentMessage::Stderr(bytes), Phase::Step { started: true, .. }) => {
+                self.output(Stream::Stderr, &bytes, now);
+            }
+            (AgentMessage::StepCompleted(said), Phase::Step { index, started: true, .. })
+                if said.index as usize == index =>
+            {
+                self.step_completed(index, said, now);
+            }
+            (AgentMessage::Failure(failure), _) => {
+                let message = shorten(&failure.message);
+                let place = self.place();
+                self.system_failure(format!("the agent gave up{place}: {message}"));
+            }
+            (message, phase) => {
+                let name = match message {
+                    AgentMessage::Hello(_) => "Hello",
+                    AgentMessage::StepStarted(_) => "StepStarted",
+                    AgentMessage::Stdout(_) => "Stdout",
+                    AgentMessage::Stderr(_) => "Stderr",
+                    AgentMessage::StepCompleted(_) => "StepCompleted",
+                    AgentMessage::Failure(_) => "Failure",
+                };
+                let when = match phase {
+                    Phase::Booting { .. } => "before Hello",
+                    Phase::Step { started: false, .. } => "before the step started",
+                    _ => "in the middle of a step",
+                };
+                self.protocol_broken(&format!("unexpected {name} {when}"));
+            }
+        }
+    }
+
+    fn output(&mut self, stream: Stream, bytes: &[u8], now: Clock) {
+        if bytes.is_empty() {
+            return;
+        }
+        if self.job.timings.first_output_ms.is_none() {
+            self.job.timings.first_output_ms = Some(self.elapsed_ms(now));
+        }
+        let end = self.log.end();
+        for follower in self.followers.iter().filter_map(alloc::sync::Weak::upgrade) {
+            // One that has read everything has not been slow: its patience counts from the output it has yet to read.
+            if follower.cursor() >= end {
+                follower.made_progress(now);
+            }
+        }
+        self.log.push(stream, bytes);
+    }
+
+    fn step_completed(&mut self, index: usize, said: StepCompleted, now: Clock) {
+        let timeout = self.script.steps.get(index).and_then(|step| step.timeout_seconds);
+        let code = match (said.exit_code, said.signal) {
+            (_, Some(signal)) => signal.saturating_add(128),
+            (Some(code), None) => code,
+            (None, None) => return self.protocol_broken("a StepCompleted with neither exit_code nor signal"),
+        };
+        let name = self.step_name(index);
+        let cancel = self.run.as_ref().and_then(|run| run.cancel);
+        let cancelled = cancel.is_some_and(|cancel| !cancel.cleaning_up);
+        let (conclusion, failed) = if said.timed_out {
+            let limit = timeout.unwrap_or(self.job.timeout_seconds);
+            let reason = format!("{name} ran longer than its timeout_seconds of {limit}");
+            (StepConclusion::TimedOut, Some(FirstFailure { timed_out: true, exit_code: None, reason }))
+        } else if code == 0 {
+            (StepConclusion::Success, None)
+        } else if cancelled {
+            (StepConclusion::Cancelled, None)
+        } else {
+            let reason = match (said.signal, code) {
+                (Some(signal), _) => format!("{name} was killed by signal {signal}{}", signal_name(signal)),
+                (None, 127) => format!("{name} exited with 127 (command not found)"),
+                (None, code) => format!("{name} exited with {code}"),
+            };
+            (StepConclusion::Failure, Some(FirstFailure { timed_out: false, exit_code: Some(code), reason }))
+        };
+        self.end_step(conclusion, now);
+        if let Some(step) = self.job.steps.get_mut(index) {
+            step.exit_code = if said.timed_out { None } else { Some(code) };
+        }
+        if let Some(run) = &mut self.run
+            && run.failed.is_none()
+        {
+            run.failed = failed;
+        }
+        self.next_step(index.saturating_add(1), now);
+    }
+
+    /// Starts the first step from `index` on whose condition holds, or ends the run.
+    fn next_step(&mut self, mut index: usize, now: Clock) {
+        loop {
+            let Some(run) = &mut self.run else { return };
+            let (failed, cancelled) = (run.failed.is_some(), run.cancel.is_some());
+            let Some(step) = self.script.steps.get(index) else { return self.last_step_done() };
+            let runs = match step.condition.unwrap_or_default() {
+                Condition::Always => true,
+                Condition::Success => !failed && !cancelled,
+                Condition::Failure => failed && !cancelled,
+            };
+            let Some(shown) = self.job.steps.get_mut(index) else { return };
+            if !runs {
+                shown.status = Status::Completed;
+                shown.conclusion =
+                    Some(if cancelled { StepConclusion::Cancelled } else { StepConclusion::Skipped });
+                index = index.saturating_add(1);
+                continue;
+            }
+            let mut env = self.script.env.clone();
+            env.extend(step.env.iter().map(|(name, value)| (name.clone(), value.clone())));
+            let message = HostMessage::RunStep(RunStep {
+                index: u32::try_from(index).unwrap_or(u32::MAX),
+                run: step.run.clone(),
+                env,
+                timeout_seconds: step.timeout_seconds,
+                working_directory: None,
+            });
+            let frame = match message.encode() {
+                Ok(frame) => frame,
+                Err(error) => return self.system_failure(format!("a step cannot be sent: {error}")),
+            };
+            shown.status = Status::InProgress;
+            shown.started_at = Some(rfc3339(now.unix_ns));
+            run.outgoing.extend_from_slice(&frame);
+            let limit = step.timeout_seconds.map(|seconds| u64::from(seconds).saturating_mul(SECOND));
+            let backstop =
+                limit.map(|limit| now.monotonic_ns.saturating_add(limit).saturating_add(STEP_BACKSTOP_NS));
+            run.phase = Phase::Step { index, started: false, backstop };
+            if let Some(cancel) = run.cancel.as_mut().filter(|cancel| !cancel.cleaning_up) {
+                cancel.cleaning_up = true;
+                cancel.deadline = now.monotonic_ns.saturating_add(CANCEL_STEPS_NS);
+            }
+            return;
+        }
+    }
+
+    fn last_step_done(&mut self) {
+        let Some(run) = &mut self.run else { return };
+        if run.cancel.is_some() {
+            return run.end(Conclusion::Cancelled, None, Some(CANCELLED.to_string()));
+        }
+        match run.failed.take() {
+            None => run.end(Conclusion::Success, Some(0), None),
+            Some(failure) if failure.timed_out => {
+                run.end(Conclusion::TimedOut, None, Some(failure.reason));
+            }
+            Some(failure) => run.end(Conclusion::Failure, failure.exit_code, Some(failure.reason)),
+        }
+    }
+
+    /// Somebody cancelled the job while it runs.
+    pub(super) fn cancel_run(&mut self, now: Clock) {
+        let Some(run) = &mut self.run else { return };
+        if run.verdict.is_some() || run.cancel.is_some() {
+            return;
+        }
+        if run.step().is_none() {
+            return run.end(Conclusion::Cancelled, None, Some(CANCELLED.to_string()));
+        }
+        let deadline = now.monotonic_ns.saturating_add(CANCEL_STEP_NS);
+        run.cancel = Some(Cancel { deadline, cleaning_up: false });
+        match HostMessage::CancelStep.encode() {
+            Ok(frame) => run.outgoing.extend_from_slice(&frame),
+            Err(_) => run.end(Conclusion::Cancelled, None, Some(CANCELLED.to_string())),
+        }
+    }
+
+    /// The agent's connection is gone. Its machine may yet say why.
+    pub(super) fn agent_hung_up(&mut self, now: Clock) {
+        if let Some(run) = &mut self.run
+            && run.verdict.is_none()
+        {
+            run.hang_up_deadline.get_or_insert(now.monotonic_ns.saturating_add(HANG_UP_NS));
+        }
+    }
+
+    /// Ends what has taken too long.
+    pub(super) fn run_timers(&mut self, now: Clock) {
+        let place = self.place();
+        let (timeout, step) = (self.job.timeout_seconds, self.run.as_ref().and_then(Run::step));
+        let step_name = step.map(|index| self.step_name(index));
+        let Some(run) = self.run.as_mut().filter(|run| run.verdict.is_none()) else { return };
+        let due = |deadline: Option<u64>| deadline.is_some_and(|deadline| deadline <= now.monotonic_ns);
+        if due(run.cancel.map(|cancel| cancel.deadline)) {
+            run.end(Conclusion::Cancelled, None, Some(CANCELLED.to_string()));
+        } else if due(Some(run.job_deadline)) {
+            let reason = format!("the job ran longer than its timeout_seconds of {timeout}");
+            run.end(Conclusion::TimedOut, None, Some(reason));
+        } else if due(run.hang_up_deadline) {
+            run.end(Conclusion::SystemFailure, None, Some(format!("the agent closed its connection{place}")));
+        } else if let Phase::Booting { deadline } = run.phase
+            && due(Some(deadline))
+        {
+            let seconds = AGENT_TIMEOUT_NS / SECOND;
+            let what = if run.connected { "say hello" } else { "connect" };
+            let reason = format!("the agent did not {what} within {seconds} s of the machine's start");
+            run.end(Conclusion::SystemFailure, None, Some(reason));
+        } else if let Phase::Step { index, backstop, .. } = run.phase
+            && due(backstop)
+        {
+            let limit = self.script.steps.get(index).and_then(|step| step.timeout_seconds).unwrap_or(timeout);
+            let name = step_name.unwrap_or_default();
+            let reason = format!("{name} ran longer than its timeout_seconds of {limit}");
+            run.end(Conclusion::TimedOut, None, Some(reason));
+        }
+    }
+
+    fn protocol_broken(&mut self, what: &str) {
+        let place = self.place();
+        self.system_failure(format!("the agent broke its protocol{place}: {what}"));
+    }
+
+    fn system_failure(&mut self, reason: String) {
+        if let Some(run) = &mut self.run {
+            run.end(Conclusion::SystemFailure, None, Some(reason));
+        }
+    }
+
+    /// ` during step 2 (build)`, ` before its first step` or nothing, to go on a reason.
+    pub(super) fn place(&self) -> String {
+        match self.run.as_ref().map(|run| run.phase) {
+            Some(Phase::Step { index, .. }) => format!(" during {}", self.step_name(index)),
+            Some(Phase::Booting { .. }) => " before the agent was ready".to_string(),
+            _ => String::new(),
+        }
+    }
+
+    fn step_name(&self, index: usize) -> String {
+        let name = self.job.steps.get(index).map_or("", |step| step.name.as_str());
+        format!("step {} ({name})", index.saturating_add(1))
+    }
+}
+
+pub(super) const CANCELLED: &str = "cancelled through the API";
+
+fn shorten(message: &str) -> String {
+    let mut end = message.len().min(MAX_MESSAGE);
+    while !message.is_char_boundary(end) {
+        end = end.saturating_sub(1);
+    }
+    message.get(..end).unwrap_or_default().to_string()
+}
+
+fn signal_name(signal: i32) -> &'static str {
+    match signal {
+        1 => " (SIGHUP)",
+        2 => " (SIGINT)",
+        3 => " (SIGQUIT)",
+        4 => " (SIGILL)",
+        6 => " (SIGABRT)",
+        7 => " (SIGBUS)",
+        8 => " (SIGFPE)",
+        9 => " (SIGKILL)",
+        11 => " (SIGSEGV)",
+        13 => " (SIGPIPE)",
+        15 => " (SIGTERM)",
+        24 => " (SIGXCPU)",
+        25 => " (SIGXFSZ)",
+        31 => " (SIGSYS)",
+        _ => "",
+    }
+}

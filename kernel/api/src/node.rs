@@ -1,0 +1,21 @@
+//! What the API asks of the node it speaks for.
+
+use alloc::vec::Vec;
+
+use crate::types::{Host, Image};
+
+/// The node behind the API. The kernel's service implements it; tests have one of their own.
+pub trait Node {
+    /// Whether jobs can run: the network is up and an image is there.
+    fn ready(&self) -> bool;
+    /// The node's version, as Cargo has it.
+    fn version(&self) -> &str;
+    /// Everything `GET /v1/host` reports.
+    fn host(&self) -> Host;
+    /// The images machines can boot.
+    fn images(&self) -> Vec<Image>;
+    /// The largest `mem_size_mib` a machine can ever get here, in MiB.
+    fn max_machine_memory_mib(&self) -> u32;
+    /// Fills `into` with unpredictable bytes, for identifiers.
+    fn random(&mut self, into: &mut [u8]);
+}
