@@ -3,17 +3,24 @@
 //! The hypervisor loop owns the registers (in the vendor's control block) and asks here what CPUID, RDMSR, WRMSR and XSETBV do,
 //! which interrupt comes next and when the timer fires. [`emulate`] carries out single instructions on the hypervisor's behalf.
 
+mod clock;
 pub mod cpuid;
 pub mod emulate;
 pub mod lapic;
 pub mod msr;
+mod pv_eoi;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+mod xstate;
 
-use crate::address::{GuestTsc, MsrIndex};
+use crate::address::GuestTsc;
 use crate::memory::GuestMemory;
 use crate::state::Exception;
 
 pub use cpuid::HostCpuid;
-pub use lapic::Lapic;
+pub use lapic::{Lapic, Reception};
 pub use msr::MsrEffect;
 
 /// What a vCPU is made from.
@@ -45,69 +52,63 @@ pub struct CpuContext {
 pub struct Vcpu {
     /// Its local APIC.
     pub lapic: Lapic,
+    cpuid: cpuid::GuestCpuid,
+    xstate: xstate::ExtendedState,
+    stored: msr::Stored,
+    clock: clock::Clock,
+    pv_eoi: pv_eoi::PvEoi,
 }
 
 impl Vcpu {
-    /// A processor as it is at power-on.
-    pub fn new(config: &VcpuConfig, _host: &HostCpuid) -> Self {
-        Self { lapic: Lapic::new(config) }
+    /// A processor as it is at power-on, with the features of `host` that a guest may have.
+    pub fn new(config: &VcpuConfig, host: &HostCpuid) -> Self {
+        let xstate = xstate::ExtendedState::new(host);
+        Self {
+            lapic: Lapic::new(config),
+            cpuid: cpuid::GuestCpuid::new(config, host, &xstate),
+            xstate,
+            stored: msr::Stored::new(host.is_amd(), host.has_fast_fxsr()),
+            clock: clock::Clock::new(config.tsc_khz),
+            pv_eoi: pv_eoi::PvEoi::default(),
+        }
     }
 
     /// EAX, EBX, ECX, EDX of a CPUID leaf.
-    pub fn cpuid(&self, _leaf: u32, _subleaf: u32, _context: &CpuContext) -> [u32; 4] {
-        [0; 4]
-    }
-
-    /// RDMSR at guest time `now`.
-    ///
-    /// # Errors
-    /// The exception to deliver: the MSR does not exist or may not be read.
-    pub fn read_msr(
-        &mut self,
-        _index: MsrIndex,
-        _now: GuestTsc,
-        _context: &CpuContext,
-    ) -> Result<u64, Exception> {
-        Err(Exception::GENERAL_PROTECTION)
-    }
-
-    /// WRMSR at guest time `now`, which is `wall_ns` nanoseconds after the Unix epoch.
-    ///
-    /// # Errors
-    /// The exception to deliver: the MSR does not exist or does not take this value.
-    pub fn write_msr(
-        &mut self,
-        _index: MsrIndex,
-        _value: u64,
-        _now: GuestTsc,
-        _context: &CpuContext,
-        _wall_ns: u64,
-        _memory: &mut dyn GuestMemory,
-    ) -> Result<MsrEffect, Exception> {
-        Err(Exception::GENERAL_PROTECTION)
+    pub fn cpuid(&self, leaf: u32, subleaf: u32, context: &CpuContext) -> [u32; 4] {
+        self.cpuid.get(leaf, subleaf, context, &self.xstate, self.lapic.is_enabled())
     }
 
     /// XSETBV; returns the XCR0 to load.
     ///
     /// # Errors
-    /// The exception to deliver.
-    pub fn xsetbv(&mut self, _index: u32, _value: u64, _context: &CpuContext) -> Result<u64, Exception> {
-        Err(Exception::UNDEFINED)
+    /// The exception to deliver: #UD without CR4.OSXSAVE, #GP for a value or register that the processor does not have.
+    pub fn xsetbv(&mut self, index: u32, value: u64, context: &CpuContext) -> Result<u64, Exception> {
+        self.xstate.xsetbv(index, value, context)
     }
 
     /// The guest's XCR0.
     pub fn xcr0(&self) -> u64 {
-        1
+        self.xstate.xcr0()
     }
 
     /// The guest's TSC_AUX.
     pub fn tsc_aux(&self) -> u64 {
-        0
+        self.stored.tsc_aux
     }
 
-    /// To be called just before entering the guest, after any interrupt was injected: arms or disarms the paravirtual end of interrupt.
-    pub fn before_entry(&mut self, _memory: &mut dyn GuestMemory) {}
+    /// Nanoseconds since the machine's clock stood at zero, as the guest's kvm-clock tells them.
+    pub fn nanoseconds(&self, now: GuestTsc) -> u64 {
+        self.clock.nanoseconds(now)
+    }
 
-    /// To be called first thing after an exit: notices a paravirtual end of interrupt.
-    pub fn after_exit(&mut self, _memory: &mut dyn GuestMemory) {}
+    /// To be called just before entering the guest, after any interrupt was acknowledged for injection: lets the guest end it
+    /// without an exit where that is possible. Cheap, and touches guest memory only when that changes.
+    pub fn before_entry(&mut self, memory: &mut dyn GuestMemory) {
+        self.pv_eoi.before_entry(&self.lapic, memory);
+    }
+
+    /// To be called first thing after an exit, before anything asks the local APIC: notices an interrupt that the guest ended.
+    pub fn after_exit(&mut self, memory: &mut dyn GuestMemory) {
+        self.pv_eoi.after_exit(&mut self.lapic, memory);
+    }
 }
