@@ -1,28 +1,60 @@
 //! Loads a Linux kernel and prepares its 64-bit entry.
 //!
-//! Linux, Documentation/arch/x86/boot.rst ("64-bit boot protocol") and zero-page.rst.
+//! Linux, Documentation/arch/x86/boot.rst ("The Real-Mode Kernel Header", "64-bit Boot Protocol") and zero-page.rst. The kernel is a
+//! bzImage as distributions ship it; its real-mode part is not used.
 
+use super::acpi;
+use crate::address::GuestPhysAddr;
+use crate::layout;
 use crate::memory::{GuestMemory, MemoryError};
-use crate::state::VcpuState;
+use crate::state::{EFER_LMA, EFER_LME, Gpr, Segment, TableRegister, VcpuState};
+use alloc::string::String;
+use alloc::vec;
+use alloc::vec::Vec;
 use core::fmt;
+
+/// Command-line arguments that every machine gets in front of the image's own, and why.
+///
+/// - `console=ttyS0`: the serial port is the only console.
+/// - `panic=-1`: a panic resets the machine at once, which ends it.
+/// - `8250.nr_uarts=1`: do not probe for three serial ports that are not there.
+/// - `pci=noearly`: do not scan for PCI quirks through ports 0xCF8/0xCFC, which are not there.
+pub const PLATFORM_ARGUMENTS: &str = "console=ttyS0 panic=-1 8250.nr_uarts=1 pci=noearly";
 
 /// What a machine boots.
 #[derive(Clone, Copy, Debug)]
 pub struct LinuxImage<'a> {
     /// A bzImage.
     pub kernel: &'a [u8],
-    /// The initramfs, a cpio archive, compressed or not.
+    /// The initramfs, a cpio archive, compressed or not; may be empty.
     pub initramfs: &'a [u8],
     /// The command line, without [`PLATFORM_ARGUMENTS`].
     pub command_line: &'a str,
 }
 
-/// Command-line arguments that every machine gets in front of the image's own.
-pub const PLATFORM_ARGUMENTS: &str = "console=ttyS0";
-
 /// Why a machine cannot boot.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum BootError {
+    /// The kernel is no bzImage, or one that cannot be booted; what is wrong with it.
+    Kernel(&'static str),
+    /// The command line with the platform's arguments is longer than the kernel takes.
+    CommandLineTooLong {
+        /// Its length in bytes.
+        length: usize,
+        /// The longest the kernel takes.
+        limit: usize,
+    },
+    /// The command line has a NUL byte in it.
+    CommandLineHasNul,
+    /// The machine's memory is too small.
+    MemoryTooSmall {
+        /// Bytes the machine has.
+        ram_bytes: u64,
+        /// Bytes the kernel and the initramfs need to be unpacked.
+        needed_bytes: u64,
+    },
+    /// The number of vCPUs is not in 1..=254.
+    VcpuCount(u32),
     /// Guest memory could not be written.
     Memory(MemoryError),
 }
@@ -30,6 +62,25 @@ pub enum BootError {
 impl fmt::Display for BootError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Kernel(reason) => write!(f, "the image's kernel cannot be booted: {reason}"),
+            Self::CommandLineTooLong { length, limit } => {
+                write!(
+                    f,
+                    "the kernel command line has {length} bytes, but the kernel takes {limit}: shorten the image's cmdline"
+                )
+            }
+            Self::CommandLineHasNul => {
+                f.write_str("the kernel command line has a NUL byte: remove it from the image's cmdline")
+            }
+            Self::MemoryTooSmall { ram_bytes, needed_bytes } => write!(
+                f,
+                "the machine has {} MiB of memory, but the image needs {} MiB to boot: raise mem_size_mib",
+                ram_bytes >> 20,
+                needed_bytes.div_ceil(1 << 20)
+            ),
+            Self::VcpuCount(count) => {
+                write!(f, "{count} vCPUs are not possible: vcpu_count must be 1 to 254")
+            }
             Self::Memory(error) => write!(f, "the machine's memory could not be written: {error}"),
         }
     }
@@ -37,14 +88,454 @@ impl fmt::Display for BootError {
 
 impl core::error::Error for BootError {}
 
+impl From<MemoryError> for BootError {
+    fn from(error: MemoryError) -> Self {
+        Self::Memory(error)
+    }
+}
+
+const PAGE: u64 = 4096;
+/// End of the RAM below the legacy video and firmware area.
+const CONVENTIONAL_END: u64 = 0xA_0000;
+const ONE_MIB: u64 = 0x10_0000;
+/// Offset of the 64-bit entry point in the protected-mode kernel.
+const ENTRY_64: u64 = 0x200;
+const SECTOR: usize = 512;
+
+/// Offsets in `struct boot_params`.
+mod zero_page {
+    pub(super) const ACPI_RSDP: usize = 0x070;
+    pub(super) const E820_ENTRIES: usize = 0x1E8;
+    pub(super) const SETUP_HEADER: usize = 0x1F1;
+    pub(super) const E820_TABLE: usize = 0x2D0;
+    pub(super) const E820_ENTRIES_MAX: usize = 128;
+}
+
+/// Offsets in `struct setup_header`, counted from the start of the image (and of `struct boot_params`).
+mod header {
+    pub(super) const SETUP_SECTORS: usize = 0x1F1;
+    pub(super) const BOOT_FLAG: usize = 0x1FE;
+    pub(super) const LENGTH: usize = 0x201;
+    pub(super) const MAGIC: usize = 0x202;
+    pub(super) const VERSION: usize = 0x206;
+    pub(super) const LOADER_TYPE: usize = 0x210;
+    pub(super) const LOAD_FLAGS: usize = 0x211;
+    pub(super) const CODE32_START: usize = 0x214;
+    pub(super) const RAMDISK_IMAGE: usize = 0x218;
+    pub(super) const RAMDISK_SIZE: usize = 0x21C;
+    pub(super) const COMMAND_LINE: usize = 0x228;
+    pub(super) const INITRD_ADDRESS_MAX: usize = 0x22C;
+    pub(super) const KERNEL_ALIGNMENT: usize = 0x230;
+    pub(super) const RELOCATABLE: usize = 0x234;
+    pub(super) const LOAD_FLAGS_64: usize = 0x236;
+    pub(super) const COMMAND_LINE_SIZE: usize = 0x238;
+    pub(super) const PREFERRED_ADDRESS: usize = 0x258;
+    pub(super) const INIT_SIZE: usize = 0x260;
+
+    pub(super) const BOOT_FLAG_VALUE: u16 = 0xAA55;
+    pub(super) const MAGIC_VALUE: u32 = u32::from_le_bytes(*b"HdrS");
+    /// The first protocol version with `xloadflags`.
+    pub(super) const VERSION_MIN: u16 = 0x20C;
+    pub(super) const LOADER_UNDEFINED: u8 = 0xFF;
+    pub(super) const LOADED_HIGH: u8 = 1 << 0;
+    pub(super) const KERNEL_64: u16 = 1 << 0;
+}
+
+/// Types of e820 entries.
+mod e820 {
+    pub(super) const RAM: u32 = 1;
+    pub(super) const RESERVED: u32 = 2;
+    pub(super) const ACPI: u32 = 3;
+}
+
+/// The parts of a bzImage that matter for its 64-bit entry.
+struct BzImage<'a> {
+    /// The setup header, to be copied to `struct boot_params`.
+    header: &'a [u8],
+    /// The protected-mode kernel.
+    body: &'a [u8],
+    command_line_max: usize,
+    initrd_address_max: u64,
+    /// Bytes from the load address on that the kernel uses before it knows the memory map.
+    init_size: u64,
+}
+
+fn field<const N: usize>(bytes: &[u8], at: usize) -> Result<[u8; N], BootError> {
+    bytes
+        .get(at..)
+        .and_then(|rest| rest.first_chunk())
+        .copied()
+        .ok_or(BootError::Kernel("it is shorter than a bzImage's header"))
+}
+
+impl<'a> BzImage<'a> {
+    fn parse(kernel: &'a [u8]) -> Result<Self, BootError> {
+        let refused = |reason| Err(BootError::Kernel(reason));
+        if u16::from_le_bytes(field(kernel, header::BOOT_FLAG)?) != header::BOOT_FLAG_VALUE
+            || u32::from_le_bytes(field(kernel, header::MAGIC)?) != header::MAGIC_VALUE
+        {
+            return refused("it is not a bzImage (no boot sector signature, or no HdrS)");
+        }
+        if u16::from_le_bytes(field(kernel, header::VERSION)?) < header::VERSION_MIN {
+            return refused("its boot protocol is older than 2.12");
+        }
+        if u16::from_le_bytes(field(kernel, header::LOAD_FLAGS_64)?) & header::KERNEL_64 == 0 {
+            return refused("it has no 64-bit entry point (xloadflags bit 0 is clear)");
+        }
+        if field::<1>(kernel, header::LOAD_FLAGS)?[0] & header::LOADED_HIGH == 0 {
+            return refused("it is a zImage, which loads below 1 MiB");
+        }
+        let preferred = u64::from_le_bytes(field(kernel, header::PREFERRED_ADDRESS)?);
+        let alignment = u64::from(u32::from_le_bytes(field(kernel, header::KERNEL_ALIGNMENT)?));
+        let relocatable = field::<1>(kernel, header::RELOCATABLE)?[0] != 0;
+        let aligned = alignment.is_power_of_two() && layout::KERNEL & (alignment - 1) == 0;
+        if preferred != layout::KERNEL && !(relocatable && aligned) {
+            return refused("it cannot be loaded at 16 MiB (not relocatable, or its alignment is larger)");
+        }
+
+        let setup_sectors = match field::<1>(kernel, header::SETUP_SECTORS)?[0] {
+            0 => 4,
+            sectors => usize::from(sectors),
+        };
+        let body = kernel.get((setup_sectors + 1) * SECTOR..).unwrap_or_default();
+        if body.len() as u64 <= ENTRY_64 {
+            return refused("it ends before its protected-mode part");
+        }
+        let header_end = header::MAGIC + usize::from(field::<1>(kernel, header::LENGTH)?[0]);
+        let header = kernel
+            .get(zero_page::SETUP_HEADER..header_end)
+            .filter(|_| (header::INIT_SIZE + 4..=zero_page::E820_TABLE).contains(&header_end))
+            .ok_or(BootError::Kernel("its setup header has an impossible length"))?;
+        Ok(Self {
+            header,
+            body,
+            command_line_max: u32::from_le_bytes(field(kernel, header::COMMAND_LINE_SIZE)?) as usize,
+            initrd_address_max: u64::from(u32::from_le_bytes(field(kernel, header::INITRD_ADDRESS_MAX)?)),
+            init_size: u64::from(u32::from_le_bytes(field(kernel, header::INIT_SIZE)?)),
+        })
+    }
+}
+
 /// Writes a machine's kernel, initramfs, command line, boot parameters, descriptor and page tables and ACPI tables to its memory;
 /// returns the state in which its first vCPU starts.
+///
+/// `ram_bytes` is the machine's RAM, laid out as [`layout`] says; `vcpu_count` is 1 to 254.
 pub fn load(
     memory: &mut dyn GuestMemory,
-    _image: &LinuxImage<'_>,
-    _ram_bytes: u64,
-    _vcpu_count: u32,
+    image: &LinuxImage<'_>,
+    ram_bytes: u64,
+    vcpu_count: u32,
 ) -> Result<VcpuState, BootError> {
-    memory.write(crate::address::GuestPhysAddr(0), &[0]).map_err(BootError::Memory)?;
-    Ok(VcpuState::default())
+    let vcpus = u8::try_from(vcpu_count).ok().filter(|count| (1..=254).contains(count));
+    let vcpus = vcpus.ok_or(BootError::VcpuCount(vcpu_count))?;
+    let kernel = BzImage::parse(image.kernel)?;
+    let command_line = command_line(image.command_line, kernel.command_line_max)?;
+
+    let low_ram_end = ram_bytes.min(layout::LOW_RAM_END) & !(PAGE - 1);
+    let kernel_end = layout::KERNEL.saturating_add(kernel.init_size.max(kernel.body.len() as u64));
+    let initramfs_at = place_initramfs(image.initramfs.len() as u64, kernel_end, low_ram_end, &kernel)
+        .ok_or(BootError::MemoryTooSmall {
+            ram_bytes,
+            needed_bytes: kernel_end.saturating_add(image.initramfs.len() as u64).next_multiple_of(PAGE),
+        })?;
+
+    memory.write(GuestPhysAddr(layout::KERNEL), kernel.body)?;
+    memory.write(GuestPhysAddr(initramfs_at), image.initramfs)?;
+    memory.write(GuestPhysAddr(layout::COMMAND_LINE), &command_line)?;
+    memory.write(GuestPhysAddr(layout::ACPI_TABLES), &acpi::tables(layout::ACPI_TABLES, vcpus))?;
+    memory.write(
+        GuestPhysAddr(layout::BOOT_PARAMS),
+        &boot_params(&kernel, initramfs_at, image.initramfs.len() as u64, ram_bytes),
+    )?;
+    write_page_tables(memory)?;
+    Ok(entry_state(memory)?)
+}
+
+/// The whole command line, NUL-terminated.
+fn command_line(of_image: &str, limit: usize) -> Result<Vec<u8>, BootError> {
+    if of_image.contains('\0') {
+        return Err(BootError::CommandLineHasNul);
+    }
+    let mut line = String::from(PLATFORM_ARGUMENTS);
+    if !of_image.is_empty() {
+        line.push(' ');
+        line.push_str(of_image);
+    }
+    if line.len() > limit {
+        return Err(BootError::CommandLineTooLong { length: line.len(), limit });
+    }
+    let mut line = line.into_bytes();
+    line.push(0);
+    Ok(line)
+}
+
+/// The highest page-aligned place for the initramfs below the ends of low RAM and of what the kernel can address, above the space
+/// the kernel unpacks itself in. `None` if there is none.
+fn place_initramfs(length: u64, kernel_end: u64, low_ram_end: u64, kernel: &BzImage<'_>) -> Option<u64> {
+    let top = low_ram_end.min(kernel.initrd_address_max.saturating_add(1));
+    let at = top.checked_sub(length)? & !(PAGE - 1);
+    (at >= kernel_end && kernel_end <= low_ram_end).then_some(at)
+}
+
+/// Writes `bytes` at `at`; the zero page is long enough for every caller's constant offsets.
+fn put(page: &mut [u8], at: usize, bytes: &[u8]) {
+    if let Some(to) = page.get_mut(at..).and_then(|rest| rest.get_mut(..bytes.len())) {
+        to.copy_from_slice(bytes);
+    }
+}
+
+fn boot_params(kernel: &BzImage<'_>, initramfs_at: u64, initramfs_length: u64, ram_bytes: u64) -> Vec<u8> {
+    let mut page = vec![0; PAGE as usize];
+    put(&mut page, zero_page::SETUP_HEADER, kernel.header);
+    put(&mut page, header::LOADER_TYPE, &[header::LOADER_UNDEFINED]);
+    put(&mut page, header::LOAD_FLAGS, &[header::LOADED_HIGH]);
+    put(&mut page, header::CODE32_START, &(layout::KERNEL as u32).to_le_bytes());
+    if initramfs_length > 0 {
+        // Both fit: place_initramfs stays below 4 GiB.
+        put(&mut page, header::RAMDISK_IMAGE, &(initramfs_at as u32).to_le_bytes());
+        put(&mut page, header::RAMDISK_SIZE, &(initramfs_length as u32).to_le_bytes());
+    }
+    put(&mut page, header::COMMAND_LINE, &(layout::COMMAND_LINE as u32).to_le_bytes());
+    put(&mut page, zero_page::ACPI_RSDP, &layout::ACPI_TABLES.to_le_bytes());
+
+    let map = memory_map(ram_bytes);
+    for (index, (start, end, kind)) in map.iter().take(zero_page::E820_ENTRIES_MAX).enumerate() {
+        let at = zero_page::E820_TABLE + index * 20;
+        put(&mut page, at, &start.to_le_bytes());
+        put(&mut page, at + 8, &(end - start).to_le_bytes());
+        put(&mut page, at + 16, &kind.to_le_bytes());
+    }
+    put(&mut page, zero_page::E820_ENTRIES, &[map.len() as u8]);
+    page
+}
+
+/// The e820 map: start, end and type of each range, ascending.
+fn memory_map(ram_bytes: u64) -> Vec<(u64, u64, u32)> {
+    let ram_end = ram_bytes & !(PAGE - 1);
+    let mut map = vec![
+        (0, CONVENTIONAL_END, e820::RAM),
+        (layout::ACPI_TABLES, ONE_MIB, e820::ACPI),
+        (ONE_MIB, ram_end.min(layout::LOW_RAM_END).max(ONE_MIB), e820::RAM),
+        (layout::ECAM_BASE, layout::ECAM_BASE + layout::ECAM_SIZE, e820::RESERVED),
+    ];
+    if let Some(high) = ram_end.checked_sub(layout::LOW_RAM_END).filter(|&high| high > 0) {
+        map.push((layout::HIGH_RAM_START, layout::HIGH_RAM_START.saturating_add(high), e820::RAM));
+    }
+    map
+}
+
+/// Identity-maps the first 4 GiB with 2 MiB pages.
+fn write_page_tables(memory: &mut dyn GuestMemory) -> Result<(), MemoryError> {
+    const PRESENT_WRITABLE: u64 = 0b11;
+    const LARGE: u64 = 1 << 7;
+    const DIRECTORIES: u64 = 4;
+    let root = layout::BOOT_PAGE_TABLES;
+    let pointers = root + PAGE;
+    let directories = pointers + PAGE;
+    memory.write(GuestPhysAddr(root), &(pointers | PRESENT_WRITABLE).to_le_bytes())?;
+    let entries: Vec<u8> = (0..DIRECTORIES)
+        .flat_map(|index| (directories + index * PAGE | PRESENT_WRITABLE).to_le_bytes())
+        .collect();
+    memory.write(GuestPhysAddr(pointers), &entries)?;
+    let entries: Vec<u8> = (0..DIRECTORIES * 512)
+        .flat_map(|index| (index << 21 | LARGE | PRESENT_WRITABLE).to_le_bytes())
+        .collect();
+    memory.write(GuestPhysAddr(directories), &entries)
+}
+
+/// Writes the GDT and returns the register state that boot.rst asks for: 64-bit mode, flat `__BOOT_CS` and `__BOOT_DS`, RSI at the
+/// boot parameters, interrupts off.
+fn entry_state(memory: &mut dyn GuestMemory) -> Result<VcpuState, MemoryError> {
+    const BOOT_CS: u16 = 0x10;
+    const BOOT_DS: u16 = 0x18;
+    const GDT: [u64; 4] = [0, 0, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF];
+    const CR0_PROTECTED_PAGED: u64 = 1 << 31 | 1 << 4 | 1 << 0;
+    const CR4_PAE: u64 = 1 << 5;
+    const RFLAGS_FIXED: u64 = 1 << 1;
+    const DR6_RESET: u64 = 0xFFFF_0FF0;
+    const DR7_RESET: u64 = 0x400;
+
+    let gdt: Vec<u8> = GDT.iter().flat_map(|descriptor| descriptor.to_le_bytes()).collect();
+    memory.write(GuestPhysAddr(layout::BOOT_GDT), &gdt)?;
+
+    let data = Segment { selector: BOOT_DS, attributes: 0xC93, limit: u32::MAX, base: 0 };
+    let mut state = VcpuState::default();
+    state.registers.rip = layout::KERNEL + ENTRY_64;
+    state.registers.rflags = RFLAGS_FIXED;
+    state.registers.set(Gpr::Rsi, layout::BOOT_PARAMS);
+    // The entry code loads a stack of its own; this one ends below the page tables.
+    state.registers.set(Gpr::Rsp, layout::BOOT_PAGE_TABLES);
+    let system = &mut state.system;
+    system.cs = Segment { selector: BOOT_CS, attributes: 0xA9B, limit: u32::MAX, base: 0 };
+    (system.ds, system.es, system.fs, system.gs, system.ss) = (data, data, data, data, data);
+    // A busy 64-bit TSS, which 64-bit mode must have, and no LDT.
+    system.tr = Segment { selector: 0, attributes: 0x8B, limit: 0x67, base: 0 };
+    system.ldtr = Segment { selector: 0, attributes: 0x82, limit: 0xFFFF, base: 0 };
+    system.gdtr = TableRegister { base: layout::BOOT_GDT, limit: gdt.len() as u16 - 1 };
+    system.idtr = TableRegister { base: 0, limit: 0 };
+    system.cr0 = CR0_PROTECTED_PAGED;
+    system.cr3 = layout::BOOT_PAGE_TABLES;
+    system.cr4 = CR4_PAE;
+    system.efer = EFER_LME | EFER_LMA;
+    system.dr6 = DR6_RESET;
+    system.dr7 = DR7_RESET;
+    Ok(state)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::platform::testing::Ram;
+    use alloc::string::ToString;
+
+    const RAM_BYTES: u64 = 64 << 20;
+    const INIT_SIZE: u32 = 8 << 20;
+
+    /// A bzImage whose protected-mode part is `body`.
+    fn bz_image(body: &[u8]) -> Vec<u8> {
+        let mut image = vec![0; 3 * SECTOR];
+        image[header::SETUP_SECTORS] = 2;
+        put(&mut image, header::BOOT_FLAG, &header::BOOT_FLAG_VALUE.to_le_bytes());
+        image[header::LENGTH] = 0x6A;
+        put(&mut image, header::MAGIC, b"HdrS");
+        put(&mut image, header::VERSION, &0x20F_u16.to_le_bytes());
+        image[header::LOAD_FLAGS] = header::LOADED_HIGH;
+        put(&mut image, header::INITRD_ADDRESS_MAX, &0x7FFF_FFFF_u32.to_le_bytes());
+        put(&mut image, header::KERNEL_ALIGNMENT, &0x20_0000_u32.to_le_bytes());
+        image[header::RELOCATABLE] = 1;
+        image[header::LOAD_FLAGS_64] = 0x7F;
+        put(&mut image, header::COMMAND_LINE_SIZE, &2047_u32.to_le_bytes());
+        put(&mut image, header::PREFERRED_ADDRESS, &layout::KERNEL.to_le_bytes());
+        put(&mut image, header::INIT_SIZE, &INIT_SIZE.to_le_bytes());
+        image.extend(body);
+        image
+    }
+
+    fn load_it(kernel: &[u8], initramfs: &[u8], command_line: &str) -> (Ram, Result<VcpuState, BootError>) {
+        let mut ram = Ram::new(RAM_BYTES as usize);
+        let image = LinuxImage { kernel, initramfs, command_line };
+        let result = load(&mut ram, &image, RAM_BYTES, 1);
+        (ram, result)
+    }
+
+    #[test]
+    fn the_kernel_starts_at_its_64_bit_entry_with_rsi_at_the_boot_parameters() {
+        let (ram, state) = load_it(&bz_image(&[0xAB; 1024]), b"initramfs", "quiet");
+        let state = state.unwrap();
+        assert_eq!(state.registers.rip, layout::KERNEL + 0x200);
+        assert_eq!(state.registers.get(Gpr::Rsi), layout::BOOT_PARAMS);
+        assert!(state.system.cs.is_long() && !state.system.cs.is_32_bit());
+        assert_eq!(ram.0[layout::KERNEL as usize..][..1024], [0xAB; 1024]);
+    }
+
+    #[test]
+    fn boot_parameters_point_at_the_initramfs_command_line_and_acpi_tables() {
+        let (ram, state) = load_it(&bz_image(&[0; 1024]), b"initramfs", "quiet init=/agent");
+        state.unwrap();
+        let at = |offset: usize| GuestPhysAddr(layout::BOOT_PARAMS + offset as u64);
+        let initramfs = ram.read_u32(at(header::RAMDISK_IMAGE)).unwrap() as usize;
+        assert_eq!(initramfs as u64, RAM_BYTES - PAGE);
+        assert_eq!(&ram.0[initramfs..initramfs + 9], b"initramfs");
+        assert_eq!(ram.read_u32(at(header::RAMDISK_SIZE)).unwrap(), 9);
+        let line = ram.read_u32(at(header::COMMAND_LINE)).unwrap() as usize;
+        let expected = alloc::format!("{PLATFORM_ARGUMENTS} quiet init=/agent\0");
+        assert_eq!(&ram.0[line..line + expected.len()], expected.as_bytes());
+        let rsdp = ram.read_u64(at(zero_page::ACPI_RSDP)).unwrap() as usize;
+        assert_eq!(&ram.0[rsdp..rsdp + 8], b"RSD PTR ");
+        assert_eq!(
+            ram.read_u32(at(header::MAGIC)).unwrap(),
+            header::MAGIC_VALUE,
+            "the setup header is copied"
+        );
+    }
+
+    #[test]
+    fn the_page_tables_map_the_first_4_gib_to_themselves() {
+        let (ram, state) = load_it(&bz_image(&[0; 1024]), b"", "");
+        let root = state.unwrap().system.cr3;
+        for address in [0_u64, 0x1234_5678, 0xFFFF_FFFF] {
+            let mut table = root;
+            for shift in [39, 30] {
+                table = ram.read_u64(GuestPhysAddr(table + (address >> shift & 511) * 8)).unwrap();
+                assert_eq!(table & 0xFFF, 3);
+                table &= !0xFFF;
+            }
+            let entry = ram.read_u64(GuestPhysAddr(table + (address >> 21 & 511) * 8)).unwrap();
+            assert_eq!(entry, address & !0x1F_FFFF | 0x83);
+        }
+    }
+
+    #[test]
+    fn the_memory_map_leaves_out_the_legacy_hole_and_reserves_ecam() {
+        let map = memory_map(5 << 30);
+        assert_eq!(map[0], (0, 0xA_0000, e820::RAM));
+        assert_eq!(map[1], (0xE_0000, 0x10_0000, e820::ACPI));
+        assert_eq!(map[2], (0x10_0000, 0xC000_0000, e820::RAM));
+        assert_eq!(map[3], (0xE000_0000, 0xE010_0000, e820::RESERVED));
+        assert_eq!(map[4], (1 << 32, (1 << 32) + (2 << 30), e820::RAM));
+        let ram: u64 = map.iter().filter(|range| range.2 == e820::RAM).map(|range| range.1 - range.0).sum();
+        assert_eq!(ram, (5 << 30) - 0x6_0000);
+        assert_eq!(memory_map(256 << 20).len(), 4, "no RAM above 4 GiB");
+    }
+
+    #[test]
+    fn kernels_that_cannot_boot_are_refused_with_the_reason() {
+        let refused = |change: fn(&mut Vec<u8>)| {
+            let mut kernel = bz_image(&[0; 1024]);
+            change(&mut kernel);
+            load_it(&kernel, b"", "").1.unwrap_err().to_string()
+        };
+        assert!(refused(|kernel| kernel.truncate(0)).contains("shorter than"));
+        assert!(refused(|kernel| kernel[header::MAGIC] = 0).contains("not a bzImage"));
+        assert!(refused(|kernel| kernel[header::BOOT_FLAG] = 0).contains("not a bzImage"));
+        assert!(refused(|kernel| kernel[header::VERSION] = 0x0B).contains("older than 2.12"));
+        assert!(refused(|kernel| kernel[header::LOAD_FLAGS_64] = 0).contains("64-bit entry"));
+        assert!(refused(|kernel| kernel[header::LOAD_FLAGS] = 0).contains("zImage"));
+        assert!(refused(|kernel| kernel.truncate(4 * SECTOR)).contains("protected-mode part"));
+        assert!(refused(|kernel| kernel[header::LENGTH] = 0x10).contains("impossible length"));
+        let fixed = |kernel: &mut Vec<u8>| {
+            kernel[header::RELOCATABLE] = 0;
+            kernel[header::PREFERRED_ADDRESS] = 1;
+        };
+        assert!(refused(fixed).contains("16 MiB"));
+    }
+
+    #[test]
+    fn a_machine_too_small_for_its_image_is_refused_with_what_it_needs() {
+        let (_, result) = load_it(&bz_image(&[0; 1024]), &vec![0; 48 << 20], "");
+        let message = result.unwrap_err().to_string();
+        assert_eq!(
+            message,
+            "the machine has 64 MiB of memory, but the image needs 72 MiB to boot: raise mem_size_mib"
+        );
+    }
+
+    #[test]
+    fn a_command_line_too_long_or_with_a_nul_is_refused() {
+        let kernel = bz_image(&[0; 1024]);
+        let long = "x".repeat(2047);
+        assert!(matches!(
+            load_it(&kernel, b"", &long).1,
+            Err(BootError::CommandLineTooLong { limit: 2047, .. })
+        ));
+        assert_eq!(load_it(&kernel, b"", "a\0b").1.unwrap_err(), BootError::CommandLineHasNul);
+    }
+
+    #[test]
+    fn the_number_of_vcpus_is_checked() {
+        let mut ram = Ram::new(RAM_BYTES as usize);
+        let kernel = bz_image(&[0; 1024]);
+        let image = LinuxImage { kernel: &kernel, initramfs: b"", command_line: "" };
+        for count in [0, 255, u32::MAX] {
+            assert_eq!(load(&mut ram, &image, RAM_BYTES, count).unwrap_err(), BootError::VcpuCount(count));
+        }
+    }
+
+    #[test]
+    fn memory_that_is_not_there_is_an_error() {
+        let mut ram = Ram::new(1 << 20);
+        let kernel = bz_image(&[0; 1024]);
+        let image = LinuxImage { kernel: &kernel, initramfs: b"", command_line: "" };
+        assert!(matches!(load(&mut ram, &image, RAM_BYTES, 1), Err(BootError::Memory(_))));
+    }
 }

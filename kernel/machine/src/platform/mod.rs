@@ -3,20 +3,35 @@
 //! [`Platform`] is a pure state machine. The hypervisor feeds it the guest's port and memory-mapped accesses, lets it work on its
 //! queues ([`Platform::poll`]), and delivers the interrupt messages it hands out.
 
+mod acpi;
+mod cmos;
 mod console;
 mod ioapic;
 pub mod linux;
+mod outbox;
+mod power;
 mod serial;
+#[cfg(test)]
+mod testing;
 pub mod virtio;
 
 use crate::address::{GuestPhysAddr, Vector};
 use crate::interrupt::MsiMessage;
+use crate::layout;
 use crate::memory::GuestMemory;
 use alloc::string::String;
 use core::fmt;
 
 pub use console::{CONSOLE_TAIL_BYTES, ConsoleTail};
 pub use virtio::{VsockHost, VsockState};
+
+use cmos::Cmos;
+use ioapic::IoApic;
+use outbox::Outbox;
+use serial::Serial;
+
+const UART_LAST_PORT: u16 = layout::UART_PORT + 7;
+const IOAPIC_BYTES: u64 = 4096;
 
 /// A source of random bytes for the guest.
 pub trait Entropy {
@@ -63,8 +78,10 @@ impl fmt::Display for MachineEnd {
 #[derive(Debug)]
 pub struct Platform {
     vsock: VsockHost,
-    serial: serial::Serial,
-    ioapic: ioapic::IoApic,
+    serial: Serial,
+    cmos: Cmos,
+    ioapic: IoApic,
+    interrupts: Outbox,
     end: Option<MachineEnd>,
 }
 
@@ -73,31 +90,81 @@ impl Platform {
     pub fn new(config: PlatformConfig) -> Self {
         Self {
             vsock: VsockHost::new(config.guest_cid),
-            serial: serial::Serial::default(),
-            ioapic: ioapic::IoApic::default(),
+            serial: Serial::default(),
+            cmos: Cmos::default(),
+            ioapic: IoApic::default(),
+            interrupts: Outbox::default(),
             end: None,
         }
     }
 
     /// The guest reads `width` (1, 2 or 4) bytes from `port`. Unknown ports read all ones.
-    pub fn pio_read(&mut self, port: u16, _width: u8) -> u32 {
-        u32::from(self.serial.read(port & 7))
+    pub fn pio_read(&mut self, port: u16, width: u8) -> u32 {
+        // The rest are byte-wide devices: a wider access is one access a byte.
+        let mut value = 0;
+        for index in 0..width.min(4) {
+            value |= u32::from(self.read_byte_port(port.wrapping_add(index.into()))) << (8 * index);
+        }
+        value
     }
 
     /// The guest writes `width` (1, 2 or 4) bytes to `port`. Unknown ports ignore writes.
-    pub fn pio_write(&mut self, port: u16, _width: u8, value: u32) {
-        self.serial.write(port & 7, value as u8);
+    pub fn pio_write(&mut self, port: u16, width: u8, value: u32) {
+        for index in 0..width.min(4) {
+            self.write_byte_port(port.wrapping_add(index.into()), (value >> (8 * index)) as u8);
+        }
+    }
+
+    fn read_byte_port(&mut self, port: u16) -> u8 {
+        match port {
+            layout::UART_PORT..=UART_LAST_PORT => {
+                let value = self.serial.read(port - layout::UART_PORT);
+                self.update_serial_line();
+                value
+            }
+            cmos::DATA_PORT => self.cmos.read_data(),
+            _ => power::read(port).unwrap_or(0xFF),
+        }
+    }
+
+    fn write_byte_port(&mut self, port: u16, value: u8) {
+        match port {
+            layout::UART_PORT..=UART_LAST_PORT => {
+                self.serial.write(port - layout::UART_PORT, value);
+                self.update_serial_line();
+            }
+            cmos::INDEX_PORT => self.cmos.write_index(value),
+            _ => {
+                if let Some(end) = power::end_by_write(port, value) {
+                    self.end.get_or_insert(end);
+                }
+            }
+        }
+    }
+
+    fn update_serial_line(&mut self) {
+        if let Some(message) = self.ioapic.set_line(layout::UART_GSI, self.serial.interrupt_line()) {
+            self.interrupts.send(message);
+        }
     }
 
     /// The guest reads `width` (1, 2, 4 or 8) bytes at an address that is not RAM. The local APIC's page is not the platform's.
     /// Unknown addresses read all ones.
-    pub fn mmio_read(&mut self, at: GuestPhysAddr, _width: u8) -> u64 {
-        u64::from(self.ioapic.read(at.0))
+    pub fn mmio_read(&mut self, at: GuestPhysAddr, width: u8) -> u64 {
+        if let Some(offset) = offset_in(at, layout::IOAPIC_BASE, IOAPIC_BYTES) {
+            let register = u64::from(self.ioapic.read(offset & !3));
+            return (register >> (8 * (offset & 3))) & ones(width);
+        }
+        ones(width)
     }
 
     /// The guest writes `width` (1, 2, 4 or 8) bytes at an address that is not RAM. Unknown addresses ignore writes.
-    pub fn mmio_write(&mut self, at: GuestPhysAddr, _width: u8, value: u64) {
-        self.ioapic.write(at.0, value as u32);
+    pub fn mmio_write(&mut self, at: GuestPhysAddr, width: u8, value: u64) {
+        if let Some(offset) = offset_in(at, layout::IOAPIC_BASE, IOAPIC_BYTES)
+            && let Some(message) = self.ioapic.write(offset, (value & ones(width)) as u32)
+        {
+            self.interrupts.send(message);
+        }
     }
 
     /// Whether [`Self::poll`] has something to do.
@@ -110,12 +177,14 @@ impl Platform {
 
     /// The next interrupt message to deliver to a local APIC: from MSI-X or the I/O APIC.
     pub fn take_interrupt(&mut self) -> Option<MsiMessage> {
-        None
+        self.interrupts.take()
     }
 
     /// A local APIC has ended a level-triggered interrupt.
     pub fn end_of_interrupt(&mut self, vector: Vector) {
-        self.ioapic.end_of_interrupt(vector);
+        if let Some(message) = self.ioapic.end_of_interrupt(vector) {
+            self.interrupts.send(message);
+        }
     }
 
     /// Whether and why the machine has ended. Once it has, it must not run again.
@@ -132,4 +201,14 @@ impl Platform {
     pub const fn console(&self) -> &ConsoleTail {
         self.serial.console()
     }
+}
+
+/// Where `at` is in the region of `length` bytes at `base`, if it is in it.
+fn offset_in(at: GuestPhysAddr, base: u64, length: u64) -> Option<u64> {
+    at.0.checked_sub(base).filter(|&offset| offset < length)
+}
+
+/// All ones in `width` bytes.
+fn ones(width: u8) -> u64 {
+    u64::MAX.checked_shr(64_u32.saturating_sub(8 * u32::from(width))).unwrap_or(0)
 }
