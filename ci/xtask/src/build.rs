@@ -60,5 +60,5 @@ pub(crate) fn runner(toolchain: &Toolchain) -> Result<PathBuf> {
 
 /// Builds the guest image `name`, unless it stands; the path of its bundle.
 pub(crate) fn image(name: &str) -> Result<PathBuf> {
-    bail!("no image `{name}`")
+    crate::image::build(name)
 }

@@ -6,6 +6,7 @@ mod bench;
 mod build;
 mod cpio;
 mod demo;
+mod image;
 mod process;
 mod setup;
 mod test;

@@ -14,8 +14,8 @@ use std::process::Command;
 /// The kernel's target.
 pub(crate) const TARGET: &str = "x86_64-unknown-none";
 
-/// Debian's Rust, for where rustup has no `x86_64-unknown-none`: compiler, cargo, the sources of `core`, and a linker.
-const DEBIAN_RUST: [&str; 4] = ["rustc-web", "cargo-web", "rust-web-src", "lld"];
+/// Debian's Rust, for where rustup has no `x86_64-unknown-none`: compiler, cargo, the sources of `core`, clippy, and a linker.
+const DEBIAN_RUST: [&str; 5] = ["rustc-web", "cargo-web", "rust-web-src", "rust-web-clippy", "lld"];
 
 /// Who compiles the kernel.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -32,6 +32,8 @@ pub(crate) enum Toolchain {
 struct Stamp {
     /// Raised when set-up learns to install something else.
     version: u32,
+    /// What `NESTLING_TOOLCHAIN` asked for.
+    asked: Option<Toolchain>,
     toolchain: Toolchain,
     /// `rustc --version` of the toolchain that builds everything but, perhaps, the kernel.
     rustc: String,
@@ -61,7 +63,7 @@ pub(crate) fn ensure() -> Result<Toolchain> {
     if let Some(stamp) = stamp
         && stamp.version == STAMP_VERSION
         && stamp.rustc == rustc
-        && asked.is_none_or(|asked| asked == stamp.toolchain)
+        && stamp.asked == asked
         && missing.is_empty()
     {
         return Ok(stamp.toolchain);
@@ -107,7 +109,7 @@ pub(crate) fn ensure() -> Result<Toolchain> {
         }
     }
     fs::create_dir_all(workspace_root().join("target"))?;
-    fs::write(&file, serde_json::to_vec_pretty(&Stamp { version: STAMP_VERSION, toolchain, rustc })?)?;
+    fs::write(&file, serde_json::to_vec_pretty(&Stamp { version: STAMP_VERSION, asked, toolchain, rustc })?)?;
     eprintln!("setup: done; recorded in {}", file.display());
     Ok(toolchain)
 }
@@ -142,7 +144,9 @@ fn rustup_target() -> bool {
 
 /// True if every part of Debian's Rust is installed.
 fn debian_rust_stands() -> bool {
-    ["/usr/bin/rustc", "/usr/bin/cargo", "/usr/bin/ld.lld"].iter().all(|file| Path::new(file).exists())
+    ["/usr/bin/rustc", "/usr/bin/cargo", "/usr/bin/cargo-clippy", "/usr/bin/ld.lld"]
+        .iter()
+        .all(|file| Path::new(file).exists())
         && output(debian("rustc").args(["--print", "sysroot"]))
             .is_ok_and(|sysroot| Path::new(sysroot.trim()).join("lib/rustlib/src/rust/library/core").exists())
 }

@@ -1,0 +1,219 @@
+//! An image's contents, and the bundle a node reads: one uncompressed ustar archive with `NAME/image.json`, `NAME/vmlinuz` and
+//! `NAME/initramfs.cpio`, in this order.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use serde_json::json;
+use tar::{Builder, EntryType, Header};
+
+use super::modules::Modules;
+use super::packages::Package;
+use super::recipe::Recipe;
+use super::sha256;
+use crate::cpio::Archive;
+use crate::process::output;
+
+/// Where the agent finds the modules to load, one path a line.
+const MODULE_LIST: &str = "etc/nestling/modules";
+
+/// What goes into a bundle.
+pub(super) struct Contents {
+    name: String,
+    version: String,
+    command_line: String,
+    /// The kernel as its package has it.
+    pub(super) kernel: Vec<u8>,
+    /// The initramfs, uncompressed.
+    pub(super) initramfs: Vec<u8>,
+    /// Size of the agent in it, in bytes.
+    pub(super) agent_len: usize,
+}
+
+impl Contents {
+    /// Puts an image together from the agent and unpacked packages.
+    pub(super) fn gather(
+        recipe: &Recipe,
+        agent: Vec<u8>,
+        kernel: &Package,
+        kernel_root: &Path,
+        roots: &[PathBuf],
+    ) -> Result<Self> {
+        let agent_len = agent.len();
+        let mut archive = skeleton();
+        archive.file("init", agent, true);
+        for root in roots {
+            add_programs(&mut archive, root)?;
+        }
+        let mut list = String::new();
+        for module in Modules::find(kernel_root)?.closure(&recipe.modules)? {
+            let path = format!("usr/lib/modules/{}.ko", module.name);
+            list.push_str(&format!("/{path}\n"));
+            archive.file(&path, module.contents, false);
+        }
+        archive.file(MODULE_LIST, list, false);
+        for (path, (contents, executable)) in &recipe.files {
+            archive.file(path, contents.clone(), *executable);
+        }
+        Ok(Self {
+            name: recipe.name.clone(),
+            version: format!("{}+linux-{}", env!("CARGO_PKG_VERSION"), kernel.version),
+            command_line: recipe.command_line.clone(),
+            kernel: kernel_image(kernel_root)?,
+            initramfs: archive.finish(),
+            agent_len,
+        })
+    }
+
+    /// The bundle's bytes.
+    pub(super) fn bundle(&self) -> Result<Vec<u8>> {
+        let description = json!({
+            "name": self.name,
+            "version": self.version,
+            "kernel": "vmlinuz",
+            "initramfs": "initramfs.cpio",
+            "cmdline": self.command_line,
+            "sha256": { "vmlinuz": sha256(&self.kernel), "initramfs.cpio": sha256(&self.initramfs) },
+        });
+        let description = serde_json::to_vec_pretty(&description)?;
+        let mut bundle = Builder::new(Vec::new());
+        for (file, bytes) in
+            [("image.json", &description), ("vmlinuz", &self.kernel), ("initramfs.cpio", &self.initramfs)]
+        {
+            let mut header = Header::new_ustar();
+            header.set_entry_type(EntryType::Regular);
+            header.set_mode(0o644);
+            header.set_uid(0);
+            header.set_gid(0);
+            header.set_mtime(0);
+            header.set_size(bytes.len() as u64);
+            bundle.append_data(&mut header, format!("{}/{file}", self.name), bytes.as_slice())?;
+        }
+        Ok(bundle.into_inner()?)
+    }
+}
+
+/// The folders every image has, laid out as Debian does (`/bin` is `/usr/bin`), and the console its first process writes to.
+fn skeleton() -> Archive {
+    let mut archive = Archive::default();
+    for folder in [
+        "dev",
+        "etc",
+        "home",
+        "mnt",
+        "opt",
+        "proc",
+        "root",
+        "run",
+        "srv",
+        "sys",
+        "tmp",
+        "usr/local/bin",
+        "var/tmp",
+        "var/log",
+        "workspace",
+    ] {
+        archive.folder(folder);
+    }
+    for folder in ["bin", "sbin", "lib"] {
+        archive.folder(&format!("usr/{folder}"));
+        archive.link(folder, &format!("usr/{folder}"));
+    }
+    archive.link("var/run", "/run");
+    archive.character_device("dev/console", 5, 1);
+    archive
+}
+
+/// Adds the programs of an unpacked package, and for busybox a link for each of its applets.
+fn add_programs(archive: &mut Archive, root: &Path) -> Result<()> {
+    let mut found = false;
+    for folder in ["bin", "sbin", "usr/bin", "usr/sbin"] {
+        let Ok(entries) = fs::read_dir(root.join(folder)) else { continue };
+        let place = if folder.ends_with("sbin") { "usr/sbin" } else { "usr/bin" };
+        for entry in entries {
+            let (path, name) =
+                entry.map(|entry| (entry.path(), entry.file_name().to_string_lossy().into_owned()))?;
+            if !path.is_file() || path.is_symlink() {
+                continue;
+            }
+            found = true;
+            let contents = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+            archive.file(&format!("{place}/{name}"), contents, true);
+            if name == "busybox" {
+                for applet in applets(&path)? {
+                    archive.link(&applet, &format!("/{place}/busybox"));
+                }
+            }
+        }
+    }
+    if !found {
+        bail!("{} has no programs", root.display());
+    }
+    Ok(())
+}
+
+/// Where busybox wants its applets to be. `init` is the agent's part.
+fn applets(busybox: &Path) -> Result<Vec<String>> {
+    let list = output(Command::new(busybox).arg("--list-full"))?;
+    let applets = list.lines().map(str::trim).filter(|path| !path.is_empty() && !path.ends_with("/init"));
+    Ok(applets
+        .map(|path| if path.starts_with("usr/") { path.to_owned() } else { format!("usr/{path}") })
+        .collect())
+}
+
+/// The kernel below `root`, its unpacked package.
+fn kernel_image(root: &Path) -> Result<Vec<u8>> {
+    let boot = root.join("boot");
+    for entry in fs::read_dir(&boot).with_context(|| format!("cannot read {}", boot.display()))? {
+        let path = entry?.path();
+        if path.file_name().unwrap_or_default().to_string_lossy().starts_with("vmlinuz-") {
+            return fs::read(&path).with_context(|| format!("cannot read {}", path.display()));
+        }
+    }
+    bail!("there is no kernel (vmlinuz-*) in {}", boot.display())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+
+    fn contents() -> Contents {
+        Contents {
+            name: "small".into(),
+            version: "1".into(),
+            command_line: "quiet".into(),
+            kernel: vec![1; 1000],
+            initramfs: vec![2; 512],
+            agent_len: 0,
+        }
+    }
+
+    #[test]
+    fn the_same_contents_give_the_same_bytes() {
+        assert_eq!(contents().bundle().unwrap(), contents().bundle().unwrap());
+    }
+
+    #[test]
+    fn a_bundle_describes_itself_first_and_says_nothing_of_its_builder() {
+        let bundle = contents().bundle().unwrap();
+        let mut archive = tar::Archive::new(bundle.as_slice());
+        let mut names = Vec::new();
+        for entry in archive.entries().unwrap() {
+            let mut entry = entry.unwrap();
+            let header = entry.header();
+            assert_eq!((header.mtime().unwrap(), header.uid().unwrap(), header.gid().unwrap()), (0, 0, 0));
+            names.push(entry.path().unwrap().display().to_string());
+            if names.len() == 1 {
+                let mut text = String::new();
+                entry.read_to_string(&mut text).unwrap();
+                let description: serde_json::Value = serde_json::from_str(&text).unwrap();
+                assert_eq!(description["sha256"]["vmlinuz"], sha256(&[1; 1000]));
+                assert_eq!(description["cmdline"], "quiet");
+            }
+        }
+        assert_eq!(names, ["small/image.json", "small/vmlinuz", "small/initramfs.cpio"]);
+    }
+}
