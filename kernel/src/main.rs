@@ -9,10 +9,13 @@ extern crate alloc;
 mod boot;
 mod cpu;
 mod drivers;
+mod hypervisor;
 mod memory;
+mod service;
 
 use boot::BootInfo;
 use drivers::acpi::Firmware;
+use hypervisor::Backend;
 use spin::Once;
 
 static FIRMWARE: Once<Firmware> = Once::new();
@@ -29,16 +32,31 @@ fn run(boot: &BootInfo, entry_tsc: u64) -> ! {
     }
     let clock = cpu::clock::init(entry_tsc, FIRMWARE.get().and_then(|firmware| firmware.pm_timer_port));
     log::info!("nestling {} boots", env!("CARGO_PKG_VERSION"));
-    log::info!(
-        "clock {:?} {} kHz {:?} {:?}",
-        clock,
-        cpu::clock::khz(),
-        frames.counts(),
-        memory::heap::usage()
+    let components = cpu::fpu::init().unwrap_or_else(|error| refuse(&error));
+    let backend = hypervisor::Svm::enable().unwrap_or_else(|error| refuse(&error));
+    let mut fleet = hypervisor::Fleet::new(
+        backend,
+        frames,
+        alloc::boxed::Box::new(service::entropy::RandomSource::gather(&[])),
+        components,
     );
-    cpu::apic::timer_arm(Some(cpu::clock::now_ns() + 500_000_000));
-    cpu::idle();
-    log::info!("timer {}", cpu::interrupts::take_timer());
+    log::info!("clock {clock:?} {} kHz; {:?} frames", cpu::clock::khz(), fleet.frames());
+    let (images, problems) = service::images::load(&boot.modules);
+    log::info!("{problems:?} {}", images.len());
+    if let Some(level) = boot.command_line.value("log").and_then(|l| l.parse().ok()) {
+        log::set_max_level(level);
+    }
+    let image = nestling_machine::platform::linux::LinuxImage {
+        kernel: images[0].kernel,
+        initramfs: images[0].initramfs,
+        command_line: boot.command_line.value("l2").unwrap_or("panic=-1"),
+    };
+    let id = fleet.create(&image, 256).unwrap_or_else(|error| refuse(&error));
+    while fleet.end(id).is_none() && cpu::clock::now_ns() < 30_000_000_000 {
+        fleet.run(Some(cpu::clock::now_ns() + 1_000_000_000));
+        log::info!("{:?}", fleet.figures(id).map(|e| e.0.iter().collect::<alloc::vec::Vec<_>>()));
+    }
+    log::info!("{:?}", fleet.destroy(id));
     power_off()
 }
 

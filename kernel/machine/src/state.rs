@@ -51,8 +51,9 @@ impl Registers {
     }
 }
 
-/// A segment register with its hidden part.
+/// A segment register with its hidden part, laid out as in a VMCB.
 #[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
+#[repr(C)]
 pub struct Segment {
     /// Selector.
     pub selector: u16,

@@ -34,6 +34,17 @@ pub fn has_tsc_deadline() -> bool {
     leaf_1_ecx() & 1 << 24 != 0
 }
 
+/// RDTSCP and its MSR, TSC_AUX.
+pub fn has_rdtscp() -> bool {
+    static CACHED: AtomicU32 = AtomicU32::new(UNREAD);
+    let mut value = CACHED.load(Ordering::Relaxed);
+    if value == UNREAD {
+        value = cpuid(0x8000_0001, 0)[3] >> 27 & 1;
+        CACHED.store(value, Ordering::Relaxed);
+    }
+    value != 0
+}
+
 fn hypervisor_leaves() -> Option<(u32, [u8; 12])> {
     let [_, _, ecx, _] = cpuid(1, 0);
     if ecx & 1 << 31 == 0 {

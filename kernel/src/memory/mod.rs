@@ -8,6 +8,7 @@ pub mod paging;
 
 use crate::boot::{BootInfo, MemoryKind};
 use alloc::vec::Vec;
+use core::sync::atomic::{AtomicU64, Ordering};
 use frames::{FramePool, LARGE_FRAME};
 pub use paging::map_mmio;
 
@@ -41,6 +42,13 @@ impl core::fmt::Display for TooLittleMemory {
     }
 }
 
+static TOTAL_BYTES: AtomicU64 = AtomicU64::new(0);
+
+/// Usable RAM of the node, in bytes, L1's own included.
+pub fn total_bytes() -> u64 {
+    TOTAL_BYTES.load(Ordering::Relaxed)
+}
+
 /// Sets up heap and page tables; what RAM is left becomes the frame pool.
 ///
 /// # Errors
@@ -48,6 +56,7 @@ impl core::fmt::Display for TooLittleMemory {
 pub fn init(boot: &BootInfo) -> Result<FramePool, TooLittleMemory> {
     let total: u64 =
         boot.memory.iter().filter(|r| r.kind == MemoryKind::Usable).map(|r| r.end - r.start).sum();
+    TOTAL_BYTES.store(total, Ordering::Relaxed);
     let mut free = free_ranges(boot);
     let too_little = TooLittleMemory { found_mib: total >> 20 };
     if total < MINIMUM_BYTES {

@@ -1,0 +1,110 @@
+//! What a processor vendor's virtualization must offer. Everything else is shared.
+
+use super::exit::Exit;
+use super::nested::NestedEntry;
+use core::fmt;
+use nestling_machine::address::{GuestTsc, Vector};
+use nestling_machine::state::{Exception, Registers, SystemState};
+use nestling_machine::vcpu::CpuContext;
+
+/// Why this node cannot run machines: what is missing, and what to enable where.
+#[derive(Clone, Copy, Debug)]
+pub struct Refusal {
+    /// The missing feature.
+    pub missing: &'static str,
+    /// What to do about it.
+    pub remedy: &'static str,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.missing, self.remedy)
+    }
+}
+
+/// One vendor's virtualization, switched on on this core.
+pub trait Backend: Sized {
+    /// The vendor's control block of one vCPU.
+    type Vcpu: VendorVcpu;
+    /// The vendor's nested page table entry.
+    type Entry: NestedEntry;
+    /// "amd" or "intel".
+    const VENDOR: &'static str;
+
+    /// Checks the features and switches virtualization on on this core.
+    ///
+    /// # Errors
+    /// [`Refusal`] when a required feature is missing or locked.
+    fn enable() -> Result<Self, Refusal>;
+
+    /// Optional features by name, and whether they are there.
+    fn features(&self) -> &[(&'static str, bool)];
+
+    /// A vCPU whose nested page table starts at `nested_root`, in its reset state.
+    fn vcpu(&mut self, nested_root: u64) -> Self::Vcpu;
+}
+
+/// One vendor's vCPU: its control block, entry and exit.
+pub trait VendorVcpu {
+    /// General-purpose registers, RIP and RFLAGS as of the last exit; changes take effect at the next entry.
+    fn registers(&mut self) -> &mut Registers;
+    /// The rest of the architectural state.
+    fn system(&self) -> SystemState;
+    /// Replaces the rest of the architectural state.
+    fn set_system(&mut self, state: &SystemState);
+    /// What CPUID and MSR policy ask for.
+    fn context(&self) -> CpuContext;
+    /// Sets EFER as the guest wrote it (already validated); LMA stays the processor's.
+    fn set_efer(&mut self, value: u64);
+    /// Sets what is added to the TSC when the guest reads it.
+    fn set_tsc_offset(&mut self, offset: u64);
+    /// The task priority as CR8 shows it (0-15).
+    fn task_priority(&self) -> u8;
+    /// Sets the task priority that CR8 shows.
+    fn set_task_priority(&mut self, priority: u8);
+
+    /// RIP after the instruction that exited, where the processor gives it.
+    fn next_rip(&self) -> Option<u64>;
+    /// Ends the shadow of STI or MOV SS after the exiting instruction was completed.
+    fn clear_interrupt_shadow(&mut self);
+    /// Whether HLT could be left by an interrupt: RFLAGS.IF.
+    fn interrupts_enabled(&self) -> bool;
+
+    /// Delivers an exception at the next entry. An event whose delivery the last exit cut short stays first.
+    fn inject(&mut self, exception: Exception);
+    /// Delivers a non-maskable interrupt at the next entry.
+    fn inject_nmi(&mut self);
+    /// Offers an interrupt: it is delivered as soon as the guest can take it. `None` withdraws the offer.
+    fn offer_interrupt(&mut self, vector: Option<Vector>);
+    /// The offered interrupt, if the guest took it during the last run.
+    fn take_accepted(&mut self) -> Option<Vector>;
+
+    /// Drops every cached nested translation of this machine before the next entry.
+    fn flush(&mut self);
+    /// Loads what the control block does not hold (debug registers, TSC_AUX); the core's previous vCPU has been unloaded.
+    fn load(&mut self, tsc_aux: u64);
+    /// Loads TSC_AUX while the vCPU is on the core.
+    fn load_tsc_aux(&mut self, value: u64);
+    /// Takes it off the core again.
+    fn unload(&mut self);
+    /// Runs the guest until it exits.
+    fn run(&mut self) -> Exit;
+    /// Writes the control block to the log, for an exit that cannot be handled.
+    fn dump(&self);
+}
+
+/// Converts between the host's TSC and a machine's.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct TscOffset(pub u64);
+
+impl TscOffset {
+    /// The guest's counter at a value of the host's.
+    pub const fn guest(self, host: u64) -> GuestTsc {
+        GuestTsc(host.wrapping_add(self.0))
+    }
+
+    /// The host's counter at a value of the guest's.
+    pub const fn host(self, guest: GuestTsc) -> u64 {
+        guest.0.wrapping_sub(self.0)
+    }
+}

@@ -1,0 +1,144 @@
+//! Why a guest stopped running, in no vendor's terms, and the counters.
+
+use nestling_machine::address::GuestPhysAddr;
+use nestling_machine::state::Exception;
+
+/// An exit from a guest.
+#[derive(Clone, Copy, Debug)]
+pub enum Exit {
+    /// A physical interrupt is pending for L1.
+    Interrupt,
+    /// A physical NMI arrived.
+    Nmi,
+    /// The guest can take the interrupt that was offered.
+    InterruptWindow,
+    /// CPUID.
+    Cpuid,
+    /// HLT.
+    Hlt,
+    /// RDMSR.
+    ReadMsr,
+    /// WRMSR.
+    WriteMsr,
+    /// IN or OUT of one element between AL/AX/EAX and a port.
+    Pio {
+        /// The port.
+        port: u16,
+        /// 1, 2 or 4 bytes.
+        width: u8,
+        /// IN rather than OUT.
+        input: bool,
+        /// RIP after the instruction.
+        next_rip: u64,
+    },
+    /// INS or OUTS, with or without REP.
+    StringPio,
+    /// An access that the nested page table does not allow.
+    NestedFault {
+        /// The guest physical address.
+        address: GuestPhysAddr,
+    },
+    /// XSETBV.
+    Xsetbv,
+    /// INVD or WBINVD.
+    CacheFlush,
+    /// An instruction that does not exist for guests, or a privileged one that always faults: this exception is due.
+    Faulting(Exception),
+    /// An intercepted exception, to be delivered after all.
+    Exception(Exception),
+    /// Triple fault.
+    Shutdown,
+    /// The processor refused the control block, or an exit nobody asked for.
+    Unexpected {
+        /// The vendor's exit code.
+        code: u64,
+        /// The vendor's first detail.
+        info1: u64,
+        /// The vendor's second detail.
+        info2: u64,
+    },
+}
+
+/// The classes that are counted, as the API names them.
+pub const KINDS: [&str; 15] = [
+    "interrupt",
+    "nmi",
+    "interrupt_window",
+    "cpuid",
+    "hlt",
+    "read_msr",
+    "write_msr",
+    "pio",
+    "string_pio",
+    "ram_fault",
+    "mmio",
+    "xsetbv",
+    "cache_flush",
+    "exception",
+    "other",
+];
+
+/// Index into [`KINDS`] of a nested fault on RAM.
+pub const RAM_FAULT: usize = 9;
+/// Index into [`KINDS`] of an emulated access to a device.
+pub const MMIO: usize = 10;
+
+impl Exit {
+    /// Index into [`KINDS`]; nested faults count as MMIO until found to be RAM.
+    pub const fn kind(&self) -> usize {
+        match self {
+            Self::Interrupt => 0,
+            Self::Nmi => 1,
+            Self::InterruptWindow => 2,
+            Self::Cpuid => 3,
+            Self::Hlt => 4,
+            Self::ReadMsr => 5,
+            Self::WriteMsr => 6,
+            Self::Pio { .. } => 7,
+            Self::StringPio => 8,
+            Self::NestedFault { .. } => MMIO,
+            Self::Xsetbv => 11,
+            Self::CacheFlush => 12,
+            Self::Faulting(_) | Self::Exception(_) => 13,
+            Self::Shutdown | Self::Unexpected { .. } => 14,
+        }
+    }
+}
+
+/// Exits counted by [`KINDS`].
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ExitCounts([u64; KINDS.len()]);
+
+impl ExitCounts {
+    /// Counts one exit of a kind.
+    pub const fn count(&mut self, kind: usize) {
+        if kind < KINDS.len() {
+            self.0[kind] += 1;
+        }
+    }
+
+    /// Moves the exit just counted to another kind.
+    pub const fn recount(&mut self, from: usize, to: usize) {
+        if from < KINDS.len() && to < KINDS.len() && self.0[from] > 0 {
+            self.0[from] -= 1;
+            self.0[to] += 1;
+        }
+    }
+
+    /// Adds another machine's counts.
+    pub fn add(&mut self, other: &Self) {
+        for (sum, count) in self.0.iter_mut().zip(other.0) {
+            *sum += count;
+        }
+    }
+
+    /// All exits.
+    pub fn total(&self) -> u64 {
+        self.0.iter().sum()
+    }
+
+    /// Name and count of every kind that occurred.
+    pub fn iter(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        KINDS.into_iter().zip(self.0).filter(|(_, count)| *count > 0)
+    }
+}

@@ -1,0 +1,216 @@
+//! All machines of a node, and which of them is on the core.
+
+use super::backend::Backend;
+use super::exit::ExitCounts;
+use super::machine::{CreateError, End, Machine};
+use super::run::{Node, Pause};
+use crate::cpu::{self, apic, clock, features, interrupts};
+use crate::memory::frames::{FramePool, LARGE_FRAME, SMALL_FRAME};
+use alloc::boxed::Box;
+use alloc::string::String;
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use nestling_machine::platform::linux::LinuxImage;
+use nestling_machine::platform::{Entropy, VsockHost};
+use nestling_machine::vcpu::HostCpuid;
+
+/// Console lines that a machine leaves behind.
+const CONSOLE_LINES: usize = 40;
+
+/// Names a machine for as long as the node runs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct MachineId(u64);
+
+/// What a machine leaves behind.
+#[derive(Debug)]
+pub struct Remains {
+    /// Why it ended; `None` when it was still running.
+    pub end: Option<End>,
+    /// Its exits.
+    pub exits: ExitCounts,
+    /// The most memory it had, in bytes.
+    pub peak_bytes: u64,
+    /// The last of what it printed on its console.
+    pub console: String,
+}
+
+/// A node's machines, frames and virtualization.
+pub struct Fleet<B: Backend> {
+    backend: B,
+    pool: FramePool,
+    entropy: Box<dyn Entropy>,
+    host: Arc<HostCpuid>,
+    components: u64,
+    machines: Vec<(MachineId, Machine<B>)>,
+    loaded: Option<MachineId>,
+    next: u64,
+    /// Exits of machines that are gone.
+    past_exits: ExitCounts,
+    turn: usize,
+}
+
+impl<B: Backend> Fleet<B> {
+    /// An empty fleet. `components` are the XSAVE components that [`crate::cpu::fpu::init`] found.
+    pub fn new(backend: B, pool: FramePool, entropy: Box<dyn Entropy>, components: u64) -> Self {
+        let host = Arc::new(HostCpuid::read(features::cpuid));
+        Self {
+            backend,
+            pool,
+            entropy,
+            host,
+            components,
+            machines: Vec::new(),
+            loaded: None,
+            next: 1,
+            past_exits: ExitCounts::default(),
+            turn: 0,
+        }
+    }
+
+    /// Makes a machine and starts it.
+    ///
+    /// # Errors
+    /// [`CreateError`] when the node has too little memory or the image cannot boot.
+    pub fn create(&mut self, image: &LinuxImage<'_>, memory_mib: u32) -> Result<MachineId, CreateError> {
+        let bytes = u64::from(memory_mib) << 20;
+        self.unload();
+        let machine =
+            Machine::new(&mut self.backend, &mut self.pool, &self.host, self.components, image, bytes)?;
+        let id = MachineId(self.next);
+        self.next += 1;
+        self.machines.push((id, machine));
+        Ok(id)
+    }
+
+    /// Ends a machine and takes every frame back; `None` when there is no such machine.
+    pub fn destroy(&mut self, id: MachineId) -> Option<Remains> {
+        let position = self.machines.iter().position(|(other, _)| *other == id)?;
+        if self.loaded == Some(id) {
+            self.unload();
+        }
+        let (_, machine) = self.machines.swap_remove(position);
+        let remains = Remains {
+            end: machine.end(),
+            exits: machine.exits,
+            peak_bytes: machine.ram.backed_bytes(),
+            console: machine.platform.console().last_lines(CONSOLE_LINES).join("\n"),
+        };
+        self.past_exits.add(&machine.exits);
+        machine.free(&mut self.pool);
+        Some(remains)
+    }
+
+    fn machine(&mut self, id: MachineId) -> Option<&mut Machine<B>> {
+        self.machines.iter_mut().find(|(other, _)| *other == id).map(|(_, machine)| machine)
+    }
+
+    fn machine_ref(&self, id: MachineId) -> Option<&Machine<B>> {
+        self.machines.iter().find(|(other, _)| *other == id).map(|(_, machine)| machine)
+    }
+
+    /// Why a machine ended, once it has.
+    pub fn end(&self, id: MachineId) -> Option<End> {
+        self.machine_ref(id)?.end()
+    }
+
+    /// The host's end of a machine's vsock.
+    pub fn vsock(&mut self, id: MachineId) -> Option<&mut VsockHost> {
+        self.machine(id).map(|machine| machine.platform.vsock())
+    }
+
+    /// A machine's exits so far, and the bytes of RAM it has touched.
+    pub fn figures(&self, id: MachineId) -> Option<(ExitCounts, u64)> {
+        self.machine_ref(id).map(|machine| (machine.exits, machine.ram.backed_bytes()))
+    }
+
+    /// Exits of all machines since boot.
+    pub fn total_exits(&self) -> ExitCounts {
+        let mut total = self.past_exits;
+        for (_, machine) in &self.machines {
+            total.add(&machine.exits);
+        }
+        total
+    }
+
+    /// How many machines there are.
+    pub fn len(&self) -> usize {
+        self.machines.len()
+    }
+
+    /// Free and total memory for machines, in 4 KiB frames.
+    pub fn frames(&self) -> (usize, usize) {
+        self.pool.counts()
+    }
+
+    /// Whether a machine of this size can be made now, every page of it and its tables.
+    pub fn fits(&self, memory_mib: u32) -> bool {
+        frames_needed(memory_mib) <= self.pool.counts().0 as u64
+    }
+
+    /// Whether a machine of this size can be made when nothing else runs.
+    pub fn ever_fits(&self, memory_mib: u32) -> bool {
+        frames_needed(memory_mib) <= self.pool.counts().1 as u64
+    }
+
+    /// The backend's optional features.
+    pub fn features(&self) -> &[(&'static str, bool)] {
+        self.backend.features()
+    }
+
+    /// Runs machines until `deadline` (nanoseconds since boot), a device interrupt, or something for the service to do; idles
+    /// when all of them wait.
+    pub fn run(&mut self, deadline: Option<u64>) {
+        for _ in 0..self.machines.len() {
+            self.turn = self.turn.wrapping_add(1);
+            let position = self.turn % self.machines.len();
+            self.switch_to(position);
+            let Some((_, machine)) = self.machines.get_mut(position) else { continue };
+            let mut node = Node { pool: &mut self.pool, entropy: self.entropy.as_mut(), deadline };
+            if machine.run(&mut node) != Pause::Halted {
+                return;
+            }
+        }
+        self.idle(deadline);
+    }
+
+    /// Nothing to run: frames are zeroed ahead, then the core waits.
+    fn idle(&mut self, deadline: Option<u64>) {
+        let timers = self.machines.iter().filter_map(|(_, machine)| machine.deadline_ns());
+        let wake = timers.chain(deadline).min();
+        if wake.is_some_and(|wake| wake <= clock::now_ns()) {
+            return;
+        }
+        apic::timer_arm(wake);
+        if self.pool.clean_one() {
+            cpu::take_interrupts();
+        } else {
+            cpu::idle();
+        }
+        interrupts::take_timer();
+        interrupts::take_device();
+    }
+
+    fn unload(&mut self) {
+        let Some(id) = self.loaded.take() else { return };
+        if let Some(machine) = self.machine(id) {
+            machine.unload();
+        }
+    }
+
+    fn switch_to(&mut self, position: usize) {
+        let Some(&(id, _)) = self.machines.get(position) else { return };
+        if self.loaded == Some(id) {
+            return;
+        }
+        self.unload();
+        if let Some((_, machine)) = self.machines.get_mut(position) {
+            machine.load();
+            self.loaded = Some(id);
+        }
+    }
+}
+
+/// Frames of 4 KiB behind a machine at its largest: its RAM, and one large frame split for its nested page tables.
+fn frames_needed(memory_mib: u32) -> u64 {
+    ((u64::from(memory_mib) << 20) + LARGE_FRAME) / SMALL_FRAME
+}

@@ -1,0 +1,169 @@
+//! One machine: its vCPU, RAM, nested page table and devices, from creation to the return of every frame.
+
+use super::backend::{Backend, TscOffset, VendorVcpu};
+use super::exit::{Exit, ExitCounts};
+use super::nested::NestedTable;
+use super::ram::{Ram, RamView};
+use crate::cpu::clock;
+use crate::cpu::fpu::XsaveArea;
+use crate::memory::frames::FramePool;
+use alloc::string::String;
+use alloc::sync::Arc;
+use core::fmt;
+use nestling_machine::memory::MemoryError;
+use nestling_machine::platform::linux::{self, BootError, LinuxImage};
+use nestling_machine::platform::{MachineEnd, Platform, PlatformConfig};
+use nestling_machine::vcpu::{HostCpuid, Vcpu, VcpuConfig};
+
+/// The context id every guest has on its own vsock.
+const GUEST_CID: u64 = 3;
+
+/// Why a machine runs no more.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum End {
+    /// By its devices: power-off, reset, or a broken queue.
+    Platform(MachineEnd),
+    /// The vCPU shut down after a triple fault.
+    TripleFault,
+    /// HLT with interrupts off: nothing can wake it.
+    Halted,
+    /// The node ran out of frames for its RAM.
+    OutOfFrames,
+    /// The guest did what the hypervisor does not support; the text says what.
+    Unsupported(String),
+}
+
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Platform(end) => end.fmt(f),
+            Self::TripleFault => f.write_str("the guest's CPU shut down after a triple fault"),
+            Self::Halted => f.write_str("the guest's CPU halted with interrupts off and can never wake"),
+            Self::OutOfFrames => f.write_str("the node has no free memory left for the guest"),
+            Self::Unsupported(what) => write!(f, "the guest did what nestling does not support: {what}"),
+        }
+    }
+}
+
+/// Why a machine could not be made.
+#[derive(Debug)]
+pub enum CreateError {
+    /// The pool cannot back the machine.
+    OutOfFrames,
+    /// The image does not boot.
+    Boot(BootError),
+}
+
+impl fmt::Display for CreateError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::OutOfFrames => f.write_str("the node has too little free memory for the machine"),
+            Self::Boot(error) => error.fmt(f),
+        }
+    }
+}
+
+/// A machine of one vCPU.
+pub struct Machine<B: Backend> {
+    pub(super) hardware: B::Vcpu,
+    pub(super) vcpu: Vcpu,
+    pub(super) platform: Platform,
+    pub(super) ram: Ram,
+    pub(super) nested: NestedTable<B::Entry>,
+    pub(super) xsave: XsaveArea,
+    pub(super) offset: TscOffset,
+    pub(super) halted: bool,
+    pub(super) end: Option<End>,
+    pub(super) exits: ExitCounts,
+    pub(super) last_exit: Option<Exit>,
+}
+
+impl<B: Backend> Machine<B> {
+    /// Makes a machine and loads its kernel. `components` are the XSAVE components of the node.
+    ///
+    /// # Errors
+    /// [`CreateError`]; nothing is kept then.
+    pub fn new(
+        backend: &mut B,
+        pool: &mut FramePool,
+        host: &Arc<HostCpuid>,
+        components: u64,
+        image: &LinuxImage<'_>,
+        ram_bytes: u64,
+    ) -> Result<Self, CreateError> {
+        let Some(nested) = NestedTable::new(pool) else { return Err(CreateError::OutOfFrames) };
+        let mut ram = Ram::new(ram_bytes);
+        let loaded = linux::load(&mut RamView { ram: &mut ram, pool }, image, ram_bytes, 1);
+        let state = match loaded {
+            Ok(state) => state,
+            Err(error) => {
+                ram.free(pool);
+                nested.free(pool);
+                return Err(match error {
+                    BootError::Memory(MemoryError::OutOfFrames) => CreateError::OutOfFrames,
+                    other => CreateError::Boot(other),
+                });
+            }
+        };
+        let offset = TscOffset(clock::tsc().wrapping_neg());
+        let mut hardware = backend.vcpu(nested.root());
+        hardware.set_system(&state.system);
+        *hardware.registers() = state.registers;
+        hardware.set_tsc_offset(offset.0);
+        let tsc_khz = u32::try_from(clock::khz()).unwrap_or(u32::MAX);
+        let mut machine = Self {
+            hardware,
+            vcpu: Vcpu::new(&VcpuConfig { id: 0, vcpu_count: 1, tsc_khz }, host),
+            platform: Platform::new(PlatformConfig { guest_cid: GUEST_CID }),
+            ram,
+            nested,
+            xsave: XsaveArea::new(components),
+            offset,
+            halted: false,
+            end: None,
+            exits: ExitCounts::default(),
+            last_exit: None,
+        };
+        if machine.map_backed(pool) {
+            Ok(machine)
+        } else {
+            machine.free(pool);
+            Err(CreateError::OutOfFrames)
+        }
+    }
+
+    /// Maps what loading has already touched, so that it does not fault.
+    fn map_backed(&mut self, pool: &mut FramePool) -> bool {
+        self.ram.backed().all(|(at, frame)| self.nested.map(at, frame, pool))
+    }
+
+    /// Gives every frame back. The machine must not be loaded on a core.
+    pub fn free(self, pool: &mut FramePool) {
+        drop(self.hardware);
+        self.nested.free(pool);
+        self.ram.free(pool);
+    }
+
+    /// Why it ended, once it has.
+    pub fn end(&self) -> Option<End> {
+        self.end.clone().or_else(|| self.platform.end().cloned().map(End::Platform))
+    }
+
+    /// When its timer next needs the core, in nanoseconds since boot.
+    pub fn deadline_ns(&self) -> Option<u64> {
+        self.vcpu.lapic.next_deadline().map(|deadline| clock::ns_at_tsc(self.offset.host(deadline)))
+    }
+
+    /// Takes the machine's state off the core.
+    pub fn unload(&mut self) {
+        self.hardware.unload();
+        self.xsave.save();
+    }
+
+    /// Puts the machine's state on the core.
+    pub fn load(&mut self) {
+        self.xsave.restore();
+        crate::cpu::fpu::load_xcr0(self.vcpu.xcr0());
+        self.hardware.load(self.vcpu.tsc_aux());
+    }
+}

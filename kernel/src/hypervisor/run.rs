@@ -1,0 +1,379 @@
+//! The vCPU loop: deliver what is due, enter the guest, handle its exit.
+
+use super::backend::{Backend, TscOffset, VendorVcpu};
+use super::exit::{self, Exit};
+use super::machine::{End, Machine};
+use super::ram::RamView;
+use crate::cpu::{self, apic, clock, fpu, interrupts};
+use crate::memory::frames::FramePool;
+use alloc::format;
+use nestling_machine::address::{GuestPhysAddr, GuestTsc, MsrIndex};
+use nestling_machine::layout::LAPIC_BASE;
+use nestling_machine::memory::{GuestMemory, MemoryError};
+use nestling_machine::platform::{Entropy, Platform, VsockState};
+use nestling_machine::state::{Exception, Gpr, VcpuState};
+use nestling_machine::vcpu::emulate::{self, Bus, Emulation, Stop};
+use nestling_machine::vcpu::{Lapic, MsrEffect};
+
+/// Why a vCPU stopped running.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Pause {
+    /// It waits for an interrupt.
+    Halted,
+    /// L1 has something else to do: a device interrupted, the deadline passed, or the guest sent something.
+    Service,
+    /// The machine has ended.
+    Ended,
+}
+
+/// What the loop needs of the node.
+pub struct Node<'a> {
+    /// Where new frames come from.
+    pub pool: &'a mut FramePool,
+    /// Randomness for the guest's entropy device.
+    pub entropy: &'a mut dyn Entropy,
+    /// When to come back at the latest, in nanoseconds since boot.
+    pub deadline: Option<u64>,
+}
+
+impl<B: Backend> Machine<B> {
+    /// Runs the vCPU, which must be loaded on this core, until there is a reason to pause.
+    pub fn run(&mut self, node: &mut Node<'_>) -> Pause {
+        let seen = self.vsock_progress();
+        loop {
+            self.poll_devices(node);
+            self.deliver_interrupts();
+            if self.end().is_some() {
+                return Pause::Ended;
+            }
+            if interrupts::take_device() || node.deadline.is_some_and(|deadline| clock::now_ns() >= deadline)
+            {
+                return Pause::Service;
+            }
+            if self.halted {
+                return Pause::Halted;
+            }
+            if self.vsock_progress() != seen {
+                return Pause::Service;
+            }
+            self.enter(node);
+        }
+    }
+
+    /// What the guest changes on its vsock that the service may wait for: bytes to take, room to send, the connection's state.
+    fn vsock_progress(&mut self) -> (VsockState, usize, usize) {
+        let vsock = self.platform.vsock();
+        (vsock.state(), vsock.readable(), vsock.unsent())
+    }
+
+    fn poll_devices(&mut self, node: &mut Node<'_>) {
+        if self.platform.needs_poll() {
+            self.platform.poll(&mut RamView { ram: &mut self.ram, pool: node.pool }, node.entropy);
+        }
+    }
+
+    fn now(&self) -> GuestTsc {
+        self.offset.guest(clock::tsc())
+    }
+
+    /// Brings the timer and the devices' messages to the local APIC, and the APIC's choice to the guest.
+    fn deliver_interrupts(&mut self) {
+        let now = self.now();
+        self.vcpu.lapic.advance(now);
+        while let Some(message) = self.platform.take_interrupt() {
+            if self.vcpu.lapic.accepts(&message) {
+                // INIT and SIPI for the only vCPU have no effect by message; everything else is in the APIC now.
+                let _ = self.vcpu.lapic.deliver(&message);
+            }
+        }
+        if self.halted && (self.vcpu.lapic.pending().is_some()) {
+            self.halted = false;
+        }
+        if self.vcpu.lapic.take_nmi() {
+            self.halted = false;
+            self.hardware.inject_nmi();
+        }
+    }
+
+    fn enter(&mut self, node: &mut Node<'_>) {
+        self.hardware.set_task_priority(self.vcpu.lapic.tpr() >> 4);
+        self.hardware.offer_interrupt(self.vcpu.lapic.pending());
+        self.accept_interrupt();
+        self.vcpu.before_entry(&mut RamView { ram: &mut self.ram, pool: node.pool });
+        let timer = self.deadline_ns();
+        apic::timer_arm(match (timer, node.deadline) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
+        });
+        let exit = self.hardware.run();
+        if let Exit::Interrupt = exit {
+            cpu::take_interrupts();
+        }
+        self.last_exit = Some(exit);
+        self.exits.count(exit.kind());
+        self.vcpu.after_exit(&mut RamView { ram: &mut self.ram, pool: node.pool });
+        let priority = self.hardware.task_priority();
+        if priority != self.vcpu.lapic.tpr() >> 4 {
+            self.vcpu.lapic.set_tpr(priority << 4);
+        }
+        self.accept_interrupt();
+        self.handle(exit, node);
+        while let Some(vector) = self.vcpu.lapic.take_eoi() {
+            self.platform.end_of_interrupt(vector);
+        }
+        while let Some(ipi) = self.vcpu.lapic.take_ipi() {
+            log::debug!("an interprocessor interrupt to a processor that is not there: {ipi:?}");
+        }
+    }
+
+    fn accept_interrupt(&mut self) {
+        if self.hardware.take_accepted().is_some() {
+            let _ = self.vcpu.lapic.acknowledge();
+        }
+    }
+
+    fn handle(&mut self, exit: Exit, node: &mut Node<'_>) {
+        log::trace!("{exit:x?} rip {:#x}", self.hardware.registers().rip);
+        match exit {
+            Exit::Interrupt | Exit::InterruptWindow => {}
+            Exit::Nmi => log::warn!("non-maskable interrupt while a guest ran; going on"),
+            Exit::Cpuid => self.cpuid(node),
+            Exit::Hlt => {
+                self.skip(node);
+                // Without interrupts nothing ever wakes the only vCPU.
+                if self.hardware.interrupts_enabled() {
+                    self.halted = true;
+                } else {
+                    self.end = Some(End::Halted);
+                }
+            }
+            Exit::ReadMsr => self.read_msr(node),
+            Exit::WriteMsr => self.write_msr(node),
+            Exit::Pio { port, width, input, next_rip } => self.pio(port, width, input, next_rip),
+            Exit::StringPio => self.emulate(node),
+            Exit::NestedFault { address } if self.ram.contains(address) => self.back(address, node),
+            Exit::NestedFault { .. } => self.emulate(node),
+            Exit::Xsetbv => self.xsetbv(node),
+            Exit::CacheFlush => self.skip(node),
+            Exit::Faulting(exception) | Exit::Exception(exception) => self.hardware.inject(exception),
+            Exit::Shutdown => self.end = Some(End::TripleFault),
+            Exit::Unexpected { code, info1, info2 } => {
+                self.hardware.dump();
+                self.end = Some(End::Unsupported(format!("exit {code:#x} ({info1:#x}, {info2:#x})")));
+            }
+        }
+    }
+
+    fn state(&mut self) -> VcpuState {
+        VcpuState { registers: *self.hardware.registers(), system: self.hardware.system() }
+    }
+
+    /// Goes past the instruction that exited.
+    fn skip(&mut self, node: &mut Node<'_>) {
+        let next = match self.hardware.next_rip() {
+            Some(next) => next,
+            None => {
+                let state = self.state();
+                match emulate::instruction_length(
+                    &state,
+                    &mut RamView { ram: &mut self.ram, pool: node.pool },
+                ) {
+                    Ok(length) => state.registers.rip.wrapping_add(u64::from(length)),
+                    Err(stop) => return self.stop(stop),
+                }
+            }
+        };
+        self.hardware.registers().rip = next;
+        self.hardware.clear_interrupt_shadow();
+    }
+
+    fn stop(&mut self, stop: Stop) {
+        match stop {
+            Stop::Exception(exception) => self.hardware.inject(exception),
+            Stop::Memory(_) => self.end = Some(End::OutOfFrames),
+            Stop::Unsupported { bytes, length } => self.unsupported(&bytes, length),
+        }
+    }
+
+    fn unsupported(&mut self, bytes: &[u8; 15], length: u8) {
+        self.hardware.dump();
+        let bytes = bytes.get(..usize::from(length)).unwrap_or(bytes);
+        let rip = self.hardware.registers().rip;
+        let exit = self.last_exit;
+        self.end =
+            Some(End::Unsupported(format!("the instruction {bytes:02x?} at {rip:#x} after {exit:x?}")));
+    }
+
+    fn cpuid(&mut self, node: &mut Node<'_>) {
+        let context = self.hardware.context();
+        let registers = self.hardware.registers();
+        let (leaf, subleaf) = (registers.get(Gpr::Rax) as u32, registers.get(Gpr::Rcx) as u32);
+        let [eax, ebx, ecx, edx] = self.vcpu.cpuid(leaf, subleaf, &context);
+        for (register, value) in [(Gpr::Rax, eax), (Gpr::Rbx, ebx), (Gpr::Rcx, ecx), (Gpr::Rdx, edx)] {
+            registers.set(register, u64::from(value));
+        }
+        self.skip(node);
+    }
+
+    fn read_msr(&mut self, node: &mut Node<'_>) {
+        let (now, context) = (self.now(), self.hardware.context());
+        let index = MsrIndex(self.hardware.registers().get(Gpr::Rcx) as u32);
+        match self.vcpu.read_msr(index, now, &context) {
+            Ok(value) => {
+                let registers = self.hardware.registers();
+                registers.set(Gpr::Rax, value & 0xFFFF_FFFF);
+                registers.set(Gpr::Rdx, value >> 32);
+                self.skip(node);
+            }
+            Err(exception) => {
+                log::debug!("rdmsr {index:?} refused");
+                self.hardware.inject(exception);
+            }
+        }
+    }
+
+    fn write_msr(&mut self, node: &mut Node<'_>) {
+        let (now, context) = (self.now(), self.hardware.context());
+        let registers = self.hardware.registers();
+        let index = MsrIndex(registers.get(Gpr::Rcx) as u32);
+        let value = registers.get(Gpr::Rdx) << 32 | registers.get(Gpr::Rax) & 0xFFFF_FFFF;
+        let mut memory = RamView { ram: &mut self.ram, pool: node.pool };
+        match self.vcpu.write_msr(index, value, now, &context, clock::unix_ns(), &mut memory) {
+            Ok(effect) => {
+                self.carry_out(effect);
+                self.skip(node);
+            }
+            Err(exception) => {
+                log::debug!("wrmsr {index:?} {value:#x} refused");
+                self.hardware.inject(exception);
+            }
+        }
+    }
+
+    fn carry_out(&mut self, effect: MsrEffect) {
+        match effect {
+            // Guest-physical memory is write-back whatever PAT says, so the guest's PAT is kept by the policy and not loaded.
+            MsrEffect::None | MsrEffect::Pat(_) => {}
+            MsrEffect::Efer(value) => self.hardware.set_efer(value),
+            MsrEffect::TscAux(value) => self.hardware.load_tsc_aux(value),
+            MsrEffect::TscOffsetDelta(delta) => {
+                self.offset = TscOffset(self.offset.0.wrapping_add_signed(delta));
+                self.hardware.set_tsc_offset(self.offset.0);
+            }
+        }
+    }
+
+    fn xsetbv(&mut self, node: &mut Node<'_>) {
+        let context = self.hardware.context();
+        let registers = self.hardware.registers();
+        let value = registers.get(Gpr::Rdx) << 32 | registers.get(Gpr::Rax) & 0xFFFF_FFFF;
+        match self.vcpu.xsetbv(registers.get(Gpr::Rcx) as u32, value, &context) {
+            Ok(xcr0) => {
+                fpu::load_xcr0(xcr0);
+                self.skip(node);
+            }
+            Err(exception) => self.hardware.inject(exception),
+        }
+    }
+
+    fn pio(&mut self, port: u16, width: u8, input: bool, next_rip: u64) {
+        let registers = self.hardware.registers();
+        if input {
+            let value = u64::from(self.platform.pio_read(port, width));
+            let rax = registers.get(Gpr::Rax);
+            // A 32-bit result clears the upper half; narrower ones leave the rest alone.
+            registers.set(
+                Gpr::Rax,
+                match width {
+                    1 => rax & !0xFF | value & 0xFF,
+                    2 => rax & !0xFFFF | value & 0xFFFF,
+                    _ => value,
+                },
+            );
+        } else {
+            let mask = if width >= 4 { u32::MAX } else { (1 << (u32::from(width) * 8)) - 1 };
+            self.platform.pio_write(port, width, registers.get(Gpr::Rax) as u32 & mask);
+        }
+        self.hardware.registers().rip = next_rip;
+        self.hardware.clear_interrupt_shadow();
+    }
+
+    /// Backs a touched page of RAM and maps it.
+    fn back(&mut self, address: GuestPhysAddr, node: &mut Node<'_>) {
+        self.exits.recount(exit::MMIO, exit::RAM_FAULT);
+        let mapped = match self.ram.back(address, node.pool) {
+            Ok(frame) => self.nested.map(address, frame, node.pool),
+            Err(_) => false,
+        };
+        if !mapped {
+            self.end = Some(End::OutOfFrames);
+        }
+    }
+
+    fn emulate(&mut self, node: &mut Node<'_>) {
+        let now = self.now();
+        let mut state = self.state();
+        let mut bus = MachineBus {
+            memory: RamView { ram: &mut self.ram, pool: node.pool },
+            platform: &mut self.platform,
+            lapic: &mut self.vcpu.lapic,
+            now,
+        };
+        match emulate::emulate(&mut state, &mut bus) {
+            Emulation::Done => {
+                *self.hardware.registers() = state.registers;
+                self.hardware.clear_interrupt_shadow();
+            }
+            Emulation::Partial => *self.hardware.registers() = state.registers,
+            Emulation::Fault(exception) => {
+                *self.hardware.registers() = state.registers;
+                self.hardware.inject(exception);
+            }
+            Emulation::Unsupported { bytes, length } => self.unsupported(&bytes, length),
+            Emulation::Memory(MemoryError::OutOfFrames | MemoryError::NotRam { .. }) => {
+                self.end = Some(End::OutOfFrames)
+            }
+        }
+    }
+}
+
+/// What an emulated instruction reaches: RAM, devices and the local APIC's page.
+struct MachineBus<'a> {
+    memory: RamView<'a>,
+    platform: &'a mut Platform,
+    lapic: &'a mut Lapic,
+    now: GuestTsc,
+}
+
+/// Offset in the local APIC's page, if the address lies there.
+fn lapic_offset(at: GuestPhysAddr) -> Option<u64> {
+    at.0.checked_sub(LAPIC_BASE).filter(|offset| *offset < 0x1000)
+}
+
+impl Bus for MachineBus<'_> {
+    fn memory(&mut self) -> &mut dyn GuestMemory {
+        &mut self.memory
+    }
+
+    fn mmio_read(&mut self, at: GuestPhysAddr, width: u8) -> u64 {
+        match lapic_offset(at) {
+            Some(offset) => u64::from(self.lapic.mmio_read(offset, self.now)),
+            None => self.platform.mmio_read(at, width),
+        }
+    }
+
+    fn mmio_write(&mut self, at: GuestPhysAddr, width: u8, value: u64) {
+        match lapic_offset(at) {
+            Some(offset) => self.lapic.mmio_write(offset, value as u32, self.now),
+            None => self.platform.mmio_write(at, width, value),
+        }
+    }
+
+    fn pio_read(&mut self, port: u16, width: u8) -> u32 {
+        self.platform.pio_read(port, width)
+    }
+
+    fn pio_write(&mut self, port: u16, width: u8, value: u32) {
+        self.platform.pio_write(port, width, value);
+    }
+}

@@ -1,0 +1,163 @@
+//! AMD's virtualization: SVM with nested paging.
+//!
+//! AMD APM vol. 2, chapter 15; the feature bits are CPUID leaf 0x8000_000A (APM vol. 3, E.4.9).
+
+mod enter;
+mod permission_maps;
+mod vcpu;
+mod vmcb;
+
+use super::backend::{Backend, Refusal};
+use super::nested::NestedEntry;
+use crate::cpu::features::cpuid;
+use crate::memory::heap::Pages;
+use alloc::rc::Rc;
+use permission_maps::PermissionMaps;
+pub use vcpu::SvmVcpu;
+use x86_64::registers::model_specific::{Efer, EferFlags, Msr};
+
+const VM_CR: u32 = 0xC001_0114;
+const VM_CR_SVMDIS: u64 = 1 << 4;
+const VM_CR_LOCK: u64 = 1 << 3;
+const VM_HSAVE_PA: u32 = 0xC001_0117;
+
+/// Leaf 0x8000_000A EDX: what nestling requires or can use.
+mod feature {
+    pub const NESTED_PAGING: u32 = 1 << 0;
+    pub const SVM_LOCK: u32 = 1 << 2;
+    pub const NRIP_SAVE: u32 = 1 << 3;
+    pub const TSC_RATE: u32 = 1 << 4;
+    pub const CLEAN_BITS: u32 = 1 << 5;
+    pub const FLUSH_BY_ASID: u32 = 1 << 6;
+    pub const DECODE_ASSISTS: u32 = 1 << 7;
+    pub const PAUSE_FILTER: u32 = 1 << 10;
+    pub const VIRTUAL_VMLOAD: u32 = 1 << 15;
+    pub const VIRTUAL_GIF: u32 = 1 << 16;
+    pub const AVIC: u32 = 1 << 13;
+}
+
+/// SVM, switched on on this core.
+pub struct Svm {
+    features: [(&'static str, bool); 9],
+    maps: Rc<PermissionMaps>,
+    /// This core's own VMSAVE state.
+    host: Rc<Pages>,
+    /// The processor's own save area; never read, never freed while SVM is on.
+    _save_area: Pages,
+    nrip_save: bool,
+    asids: u32,
+    next_asid: u32,
+}
+
+/// Whether SVM is there and usable.
+///
+/// Leaf and MSR values come in by argument, so that every refusal can be tested: `max_leaf` is leaf 0x8000_0000's EAX, `ecx` leaf
+/// 0x8000_0001's ECX, `edx` leaf 0x8000_000A's EDX.
+fn check(max_leaf: u32, ecx: u32, edx: u32, vm_cr: u64) -> Result<(), Refusal> {
+    const SVM: u32 = 1 << 2;
+    if max_leaf < 0x8000_000A || ecx & SVM == 0 {
+        return Err(Refusal {
+            missing: "the CPU offers neither SVM nor VMX (CPUID 0x8000_0001 ECX bit 2 is clear)",
+            remedy: "turn on nested virtualization for this VM or choose an instance type that has it (QEMU: -cpu max or -cpu host with kvm_amd nested=1)",
+        });
+    }
+    if vm_cr & VM_CR_SVMDIS != 0 {
+        let locked = vm_cr & VM_CR_LOCK != 0 || edx & feature::SVM_LOCK != 0;
+        return Err(Refusal {
+            missing: if locked {
+                "SVM is disabled and locked by the firmware (VM_CR.SVMDIS and LOCK)"
+            } else {
+                "SVM is disabled (VM_CR.SVMDIS)"
+            },
+            remedy: "enable SVM (AMD-V) in the firmware set-up, then boot again",
+        });
+    }
+    if edx & feature::NESTED_PAGING == 0 {
+        return Err(Refusal {
+            missing: "SVM has no nested paging (CPUID 0x8000_000A EDX bit 0 is clear)",
+            remedy: "choose a CPU model with NPT, made since 2007 (QEMU: -cpu max or add +npt)",
+        });
+    }
+    Ok(())
+}
+
+impl Backend for Svm {
+    type Vcpu = SvmVcpu;
+    type Entry = NptEntry;
+    const VENDOR: &'static str = "amd";
+
+    fn enable() -> Result<Self, Refusal> {
+        let [max_leaf, ..] = cpuid(0x8000_0000, 0);
+        let [_, _, ecx, _] = cpuid(0x8000_0001, 0);
+        let [_, asids, _, edx] = if max_leaf >= 0x8000_000A { cpuid(0x8000_000A, 0) } else { [0; 4] };
+        check(max_leaf, ecx, edx, 0)?;
+        // SAFETY: VM_CR exists where CPUID offers SVM.
+        check(max_leaf, ecx, edx, unsafe { Msr::new(VM_CR).read() })?;
+        let save_area = Pages::new(1);
+        let host = Rc::new(Pages::new(1));
+        // SAFETY: CPUID offers SVM and VM_CR allows it; both pages stay allocated as long as `Self`, which is never dropped.
+        unsafe {
+            Efer::update(|efer| efer.insert(EferFlags::SECURE_VIRTUAL_MACHINE_ENABLE));
+            Msr::new(VM_HSAVE_PA).write(save_area.physical());
+            core::arch::asm!("vmsave rax", in("rax") host.physical(), options(nostack, preserves_flags));
+        }
+        let has = |bit| edx & bit != 0;
+        Ok(Self {
+            features: [
+                ("nested_paging", true),
+                ("nrip_save", has(feature::NRIP_SAVE)),
+                ("decode_assists", has(feature::DECODE_ASSISTS)),
+                ("flush_by_asid", has(feature::FLUSH_BY_ASID)),
+                ("clean_bits", has(feature::CLEAN_BITS)),
+                ("tsc_rate", has(feature::TSC_RATE)),
+                ("pause_filter", has(feature::PAUSE_FILTER)),
+                ("virtual_vmload", has(feature::VIRTUAL_VMLOAD) && has(feature::VIRTUAL_GIF)),
+                ("avic", has(feature::AVIC)),
+            ],
+            maps: Rc::new(PermissionMaps::new()),
+            host,
+            _save_area: save_area,
+            nrip_save: has(feature::NRIP_SAVE),
+            asids: asids.max(2),
+            next_asid: 1,
+        })
+    }
+
+    fn features(&self) -> &[(&'static str, bool)] {
+        &self.features
+    }
+
+    fn vcpu(&mut self, nested_root: u64) -> SvmVcpu {
+        // ASID 0 is L1's. A reused ASID is harmless: a new vCPU's first entry flushes, and so does every later change of vCPU.
+        let asid = self.next_asid;
+        self.next_asid = if asid + 1 < self.asids { asid + 1 } else { 1 };
+        SvmVcpu::new(nested_root, asid, self.nrip_save, Rc::clone(&self.maps), Rc::clone(&self.host))
+    }
+}
+
+/// A nested page table entry: the long-mode format, every access a user access.
+pub struct NptEntry;
+
+const PRESENT: u64 = 1 << 0;
+const WRITABLE: u64 = 1 << 1;
+const USER: u64 = 1 << 2;
+const LARGE: u64 = 1 << 7;
+const ADDRESS: u64 = 0x000F_FFFF_FFFF_F000;
+
+impl NestedEntry for NptEntry {
+    fn table(physical: u64) -> u64 {
+        physical & ADDRESS | PRESENT | WRITABLE | USER
+    }
+
+    fn large_leaf(physical: u64) -> u64 {
+        physical & ADDRESS | PRESENT | WRITABLE | USER | LARGE
+    }
+
+    fn is_present(entry: u64) -> bool {
+        entry & PRESENT != 0
+    }
+
+    fn address(entry: u64) -> u64 {
+        entry & ADDRESS
+    }
+}

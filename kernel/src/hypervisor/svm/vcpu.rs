@@ -1,0 +1,377 @@
+//! A vCPU on SVM: its VMCB, and what exits mean.
+//!
+//! AMD APM vol. 2, 15.6-15.13 (exits), 15.20-15.21 (events and interrupts), Appendix C (exit codes).
+
+use super::enter::enter;
+use super::permission_maps::PermissionMaps;
+use super::vmcb::{self, Vmcb, exit_code, intercept1, intercept2};
+use crate::hypervisor::backend::VendorVcpu;
+use crate::hypervisor::exit::Exit;
+use crate::memory::heap::Pages;
+use alloc::rc::Rc;
+use nestling_machine::address::{GuestPhysAddr, Vector};
+use nestling_machine::state::{Exception, Gpr, Registers, Segment, SystemState, TableRegister};
+use nestling_machine::vcpu::CpuContext;
+use x86_64::registers::model_specific::Msr;
+
+const EFER_SVME: u64 = 1 << 12;
+const EFER_LMA: u64 = 1 << 10;
+const RFLAGS_IF: u64 = 1 << 9;
+const TSC_AUX: u32 = 0xC000_0103;
+const PAT_RESET: u64 = 0x0007_0406_0007_0406;
+const DR6_RESET: u64 = 0xFFFF_0FF0;
+const DR7_RESET: u64 = 0x400;
+const DEBUG_EXCEPTION: u8 = 1;
+const ALIGNMENT_CHECK: u8 = 17;
+
+/// A vCPU's VMCB and what the VMCB does not hold.
+pub struct SvmVcpu {
+    vmcb: Pages,
+    registers: Registers,
+    debug: [u64; 4],
+    offered: Option<Vector>,
+    accepted: Option<Vector>,
+    nrip_save: bool,
+    /// RIP after the exiting instruction, where this exit gave it.
+    next_rip: Option<u64>,
+    maps: Rc<PermissionMaps>,
+    host: Rc<Pages>,
+}
+
+impl SvmVcpu {
+    pub(super) fn new(
+        nested_root: u64,
+        asid: u32,
+        nrip_save: bool,
+        maps: Rc<PermissionMaps>,
+        host: Rc<Pages>,
+    ) -> Self {
+        let mut vcpu = Self {
+            vmcb: Pages::new(1),
+            registers: Registers::default(),
+            debug: [0; 4],
+            offered: None,
+            accepted: None,
+            nrip_save,
+            next_rip: None,
+            maps,
+            host,
+        };
+        let (io, msr) = (vcpu.maps.io(), vcpu.maps.msr());
+        let b = vcpu.block_mut();
+        b.intercept_exceptions = 1 << DEBUG_EXCEPTION | 1 << ALIGNMENT_CHECK;
+        b.intercept1 = intercept1::INTR
+            | intercept1::NMI
+            | intercept1::INIT
+            | intercept1::RDPMC
+            | intercept1::CPUID
+            | intercept1::INVD
+            | intercept1::HLT
+            | intercept1::INVLPGA
+            | intercept1::IOIO_PROT
+            | intercept1::MSR_PROT
+            | intercept1::SHUTDOWN;
+        b.intercept2 = intercept2::VMRUN
+            | intercept2::VMMCALL
+            | intercept2::VMLOAD
+            | intercept2::VMSAVE
+            | intercept2::STGI
+            | intercept2::CLGI
+            | intercept2::SKINIT
+            | intercept2::WBINVD
+            | intercept2::MONITOR
+            | intercept2::MWAIT
+            | intercept2::MWAIT_ARMED
+            | intercept2::XSETBV
+            | intercept2::RDPRU;
+        b.iopm_base = io;
+        b.msrpm_base = msr;
+        b.asid = asid;
+        b.tlb_control = vmcb::TLB_FLUSH_ALL;
+        b.int_control = vmcb::V_INTR_MASKING;
+        b.np_enable = 1;
+        b.nested_cr3 = nested_root;
+        b.efer = EFER_SVME;
+        b.g_pat = PAT_RESET;
+        b.dr6 = DR6_RESET;
+        b.dr7 = DR7_RESET;
+        vcpu
+    }
+
+    fn block(&self) -> &Vmcb {
+        // SAFETY: the page is a VMCB (plain integers, any value valid); the processor touches it only inside `enter`.
+        unsafe { &*self.vmcb.as_ptr().cast::<Vmcb>() }
+    }
+
+    fn block_mut(&mut self) -> &mut Vmcb {
+        // SAFETY: as above, and borrowed mutably through `self`.
+        unsafe { &mut *self.vmcb.as_ptr().cast::<Vmcb>() }
+    }
+
+    /// Notes which event the exit interrupted, so that the next entry delivers it again.
+    fn keep_interrupted_event(&mut self) {
+        let info = self.block().exit_int_info;
+        let pending = info & vmcb::EVENT_VALID != 0;
+        // INT n (and INT3, INTO, which are exceptions of type 4 or 3) has not changed RIP: the instruction runs again instead.
+        let vector = info as u8;
+        let kind = info >> vmcb::EVENT_TYPE_SHIFT & 7;
+        let software =
+            kind == vmcb::EVENT_SOFTWARE || kind == vmcb::EVENT_EXCEPTION && (vector == 3 || vector == 4);
+        self.block_mut().event_inject = if pending && !software { info } else { 0 };
+        let Some(offered) = self.offered else { return };
+        let cut_short = pending && kind == vmcb::EVENT_INTERRUPT && vector == offered.0;
+        // Emulators leave V_IRQ set when delivery is cut short; processors clear it. Either way the guest has taken it.
+        if cut_short || self.block().int_control & vmcb::V_IRQ == 0 {
+            self.accepted = self.offered.take();
+            self.block_mut().int_control &= !vmcb::V_IRQ;
+        }
+    }
+
+    fn exit(&mut self) -> Exit {
+        let b = self.block();
+        // Some emulators extend the code's low half only.
+        let code = b.exit_code as u32;
+        let (info1, info2, next_rip) = (b.exit_info1, b.exit_info2, b.next_rip);
+        self.next_rip = (self.nrip_save && next_rip != 0).then_some(next_rip);
+        match code {
+            exit_code::INTR => Exit::Interrupt,
+            exit_code::NMI => Exit::Nmi,
+            exit_code::VINTR => Exit::InterruptWindow,
+            exit_code::CPUID => Exit::Cpuid,
+            exit_code::HLT => Exit::Hlt,
+            exit_code::MSR if info1 == 0 => Exit::ReadMsr,
+            exit_code::MSR => Exit::WriteMsr,
+            exit_code::IOIO => Self::pio(info1, info2),
+            exit_code::NPF => Exit::NestedFault { address: GuestPhysAddr(info2) },
+            exit_code::XSETBV => Exit::Xsetbv,
+            exit_code::INVD | exit_code::WBINVD => Exit::CacheFlush,
+            exit_code::RDPMC => Exit::Faulting(Exception::GENERAL_PROTECTION),
+            exit_code::INVLPGA
+            | exit_code::VMRUN..=exit_code::SKINIT
+            | exit_code::MONITOR..=exit_code::MWAIT_CONDITIONAL
+            | exit_code::RDPRU => Exit::Faulting(Exception::UNDEFINED),
+            exit_code::EXCP_BASE..=exit_code::EXCP_LAST => {
+                let vector = (code - exit_code::EXCP_BASE) as u8;
+                let error_code = (vector == ALIGNMENT_CHECK).then_some(info1 as u32);
+                Exit::Exception(Exception { vector: Vector(vector), error_code, cr2: None })
+            }
+            exit_code::SHUTDOWN => Exit::Shutdown,
+            _ => Exit::Unexpected { code: u64::from(code), info1, info2 },
+        }
+    }
+
+    fn pio(info1: u64, next_rip: u64) -> Exit {
+        const STRING: u64 = 1 << 2;
+        if info1 & STRING != 0 {
+            return Exit::StringPio;
+        }
+        let width = (info1 >> 4 & 7) as u8;
+        Exit::Pio { port: (info1 >> 16) as u16, width, input: info1 & 1 != 0, next_rip }
+    }
+}
+
+const fn table(segment: &Segment) -> TableRegister {
+    TableRegister { base: segment.base, limit: segment.limit as u16 }
+}
+
+const fn table_segment(table: TableRegister) -> Segment {
+    Segment { selector: 0, attributes: 0, limit: table.limit as u32, base: table.base }
+}
+
+impl VendorVcpu for SvmVcpu {
+    fn registers(&mut self) -> &mut Registers {
+        &mut self.registers
+    }
+
+    fn system(&self) -> SystemState {
+        let b = self.block();
+        SystemState {
+            cs: b.cs,
+            ds: b.ds,
+            es: b.es,
+            fs: b.fs,
+            gs: b.gs,
+            ss: b.ss,
+            ldtr: b.ldtr,
+            tr: b.tr,
+            gdtr: table(&b.gdtr),
+            idtr: table(&b.idtr),
+            cr0: b.cr0,
+            cr2: b.cr2,
+            cr3: b.cr3,
+            cr4: b.cr4,
+            efer: b.efer & !EFER_SVME,
+            dr6: b.dr6,
+            dr7: b.dr7,
+            cpl: b.cpl,
+        }
+    }
+
+    fn set_system(&mut self, s: &SystemState) {
+        let b = self.block_mut();
+        (b.cs, b.ds, b.es, b.fs, b.gs, b.ss) = (s.cs, s.ds, s.es, s.fs, s.gs, s.ss);
+        (b.ldtr, b.tr, b.gdtr, b.idtr) = (s.ldtr, s.tr, table_segment(s.gdtr), table_segment(s.idtr));
+        (b.cr0, b.cr2, b.cr3, b.cr4) = (s.cr0, s.cr2, s.cr3, s.cr4);
+        b.efer = s.efer | EFER_SVME;
+        (b.dr6, b.dr7, b.cpl) = (s.dr6, s.dr7, s.cpl);
+    }
+
+    fn context(&self) -> CpuContext {
+        let b = self.block();
+        CpuContext { cr0: b.cr0, cr4: b.cr4, efer: b.efer & !EFER_SVME, cpl: b.cpl }
+    }
+
+    fn set_efer(&mut self, value: u64) {
+        let b = self.block_mut();
+        b.efer = value & !EFER_LMA | b.efer & EFER_LMA | EFER_SVME;
+    }
+
+    fn set_tsc_offset(&mut self, offset: u64) {
+        self.block_mut().tsc_offset = offset;
+    }
+
+    fn task_priority(&self) -> u8 {
+        (self.block().int_control & vmcb::V_TPR) as u8
+    }
+
+    fn set_task_priority(&mut self, priority: u8) {
+        let b = self.block_mut();
+        b.int_control = b.int_control & !vmcb::V_TPR | u32::from(priority) & vmcb::V_TPR;
+    }
+
+    fn next_rip(&self) -> Option<u64> {
+        self.next_rip
+    }
+
+    fn clear_interrupt_shadow(&mut self) {
+        self.block_mut().interrupt_shadow = 0;
+    }
+
+    fn interrupts_enabled(&self) -> bool {
+        self.registers.rflags & RFLAGS_IF != 0
+    }
+
+    fn inject(&mut self, exception: Exception) {
+        let b = self.block_mut();
+        if b.event_inject & vmcb::EVENT_VALID != 0 {
+            return;
+        }
+        let mut event = u64::from(exception.vector.0)
+            | vmcb::EVENT_EXCEPTION << vmcb::EVENT_TYPE_SHIFT
+            | vmcb::EVENT_VALID;
+        if let Some(code) = exception.error_code {
+            event |= vmcb::EVENT_HAS_ERROR | u64::from(code) << 32;
+        }
+        b.event_inject = event;
+        if let Some(cr2) = exception.cr2 {
+            b.cr2 = cr2;
+        }
+    }
+
+    fn inject_nmi(&mut self) {
+        let b = self.block_mut();
+        if b.event_inject & vmcb::EVENT_VALID == 0 {
+            b.event_inject = 2 | vmcb::EVENT_NMI << vmcb::EVENT_TYPE_SHIFT | vmcb::EVENT_VALID;
+        }
+    }
+
+    fn offer_interrupt(&mut self, vector: Option<Vector>) {
+        let open = self.interrupts_enabled();
+        self.offered = None;
+        let b = self.block_mut();
+        b.int_control &= !vmcb::V_IRQ;
+        let Some(vector) = vector else { return };
+        if open && b.interrupt_shadow & 1 == 0 && b.event_inject & vmcb::EVENT_VALID == 0 {
+            b.event_inject =
+                u64::from(vector.0) | vmcb::EVENT_INTERRUPT << vmcb::EVENT_TYPE_SHIFT | vmcb::EVENT_VALID;
+            self.accepted = Some(vector);
+        } else {
+            // The processor delivers it when the guest opens the window: no exit just for that.
+            b.int_control |= vmcb::V_IRQ | vmcb::V_INTR_PRIO_HIGHEST | vmcb::V_IGN_TPR;
+            b.int_vector = u32::from(vector.0);
+            self.offered = Some(vector);
+        }
+    }
+
+    fn take_accepted(&mut self) -> Option<Vector> {
+        self.accepted.take()
+    }
+
+    fn flush(&mut self) {
+        self.block_mut().tlb_control = vmcb::TLB_FLUSH_ALL;
+    }
+
+    fn load(&mut self, tsc_aux: u64) {
+        let [dr0, dr1, dr2, dr3] = self.debug;
+        // SAFETY: L1 uses no debug register, and DR7, which arms them, comes from the VMCB.
+        unsafe {
+            core::arch::asm!("mov dr0, {}", "mov dr1, {}", "mov dr2, {}", "mov dr3, {}", in(reg) dr0, in(reg) dr1, in(reg) dr2, in(reg) dr3, options(nomem, nostack, preserves_flags));
+        }
+        self.load_tsc_aux(tsc_aux);
+        self.flush();
+    }
+
+    fn load_tsc_aux(&mut self, value: u64) {
+        if crate::cpu::features::has_rdtscp() {
+            // SAFETY: the processor has the MSR, only guests use it, and it takes any 32-bit value.
+            unsafe { Msr::new(TSC_AUX).write(value & 0xFFFF_FFFF) };
+        }
+    }
+
+    fn unload(&mut self) {
+        let [dr0, dr1, dr2, dr3]: [u64; 4];
+        // SAFETY: reads registers.
+        unsafe {
+            core::arch::asm!("mov {}, dr0", "mov {}, dr1", "mov {}, dr2", "mov {}, dr3", out(reg) dr0, out(reg) dr1, out(reg) dr2, out(reg) dr3, options(nomem, nostack, preserves_flags));
+        }
+        self.debug = [dr0, dr1, dr2, dr3];
+    }
+
+    fn run(&mut self) -> Exit {
+        let registers = self.registers;
+        let b = self.block_mut();
+        b.rax = registers.get(Gpr::Rax);
+        b.rsp = registers.get(Gpr::Rsp);
+        b.rip = registers.rip;
+        b.rflags = registers.rflags;
+        let (vmcb, host) = (self.vmcb.physical(), self.host.physical());
+        // SAFETY: both are VMCB pages owned by `self`; `Svm::enable` filled `host` on this core. The nested page table maps only the
+        // machine's own frames, and the permission maps and intercepts keep everything else away from the guest.
+        unsafe { enter(&raw mut self.registers, vmcb, host) };
+        let b = self.block();
+        let (rax, rsp, rip, rflags) = (b.rax, b.rsp, b.rip, b.rflags);
+        self.registers.set(Gpr::Rax, rax);
+        self.registers.set(Gpr::Rsp, rsp);
+        self.registers.rip = rip;
+        self.registers.rflags = rflags;
+        self.block_mut().tlb_control = 0;
+        self.keep_interrupted_event();
+        self.exit()
+    }
+
+    fn dump(&self) {
+        let (b, r) = (self.block(), &self.registers);
+        log::error!(
+            "vmcb: exit {:#x} info {:#x} {:#x} int_info {:#x}; rip {:#x} rsp {:#x} rflags {:#x} rax {:#x}",
+            b.exit_code,
+            b.exit_info1,
+            b.exit_info2,
+            b.exit_int_info,
+            b.rip,
+            b.rsp,
+            b.rflags,
+            b.rax
+        );
+        log::error!(
+            "vmcb: cr0 {:#x} cr2 {:#x} cr3 {:#x} cr4 {:#x} efer {:#x} cs {:x?} ss {:x?}; gpr {:x?}",
+            b.cr0,
+            b.cr2,
+            b.cr3,
+            b.cr4,
+            b.efer,
+            b.cs,
+            b.ss,
+            r.gpr
+        );
+    }
+}

@@ -1,0 +1,130 @@
+//! The job engine's view of the hypervisor's fleet.
+
+#![forbid(unsafe_code)]
+
+use super::machines::{CreateError, HypervisorReport, MachineSpec, Machines};
+use crate::cpu::clock;
+use crate::hypervisor::{self, Backend, End, ExitCounts, Fleet, MachineId};
+use crate::memory::frames::SMALL_FRAME;
+use crate::memory::heap;
+use alloc::collections::BTreeMap;
+use alloc::format;
+use alloc::string::{String, ToString};
+use nestling_api::jobs::{MachineEnd, MachineReport};
+use nestling_api::types::{HostMemory, Vendor};
+use nestling_machine::platform::linux::LinuxImage;
+use nestling_machine::platform::{self, VsockHost};
+
+/// Memory sizes are whole large frames.
+const MEMORY_STEP_MIB: u32 = 2;
+
+const MIB: u64 = 1 << 20;
+
+fn by_kind(exits: &ExitCounts) -> BTreeMap<String, u64> {
+    exits.iter().map(|(kind, count)| (kind.to_string(), count)).collect()
+}
+
+fn machine_end(end: End) -> MachineEnd {
+    match end {
+        End::Platform(platform::MachineEnd::PowerOff) => MachineEnd::PowerOff,
+        End::Platform(platform::MachineEnd::Reset) => MachineEnd::Reset,
+        End::Platform(fault @ platform::MachineEnd::DeviceFault { .. }) => {
+            MachineEnd::DeviceFault(fault.to_string())
+        }
+        End::TripleFault => MachineEnd::TripleFault,
+        End::Halted | End::OutOfFrames | End::Unsupported(_) => MachineEnd::InternalError(end.to_string()),
+    }
+}
+
+impl<B: Backend> Machines for Fleet<B> {
+    type Id = MachineId;
+
+    fn create(&mut self, spec: &MachineSpec<'_>) -> Result<MachineId, CreateError> {
+        let step = MEMORY_STEP_MIB;
+        if spec.mem_size_mib % step != 0 {
+            return Err(CreateError::Impossible(format!(
+                "machine_config.mem_size_mib: {} is not a multiple of {step}",
+                spec.mem_size_mib
+            )));
+        }
+        if self.len() >= self.limit() || !self.fits(spec.mem_size_mib) {
+            return Err(CreateError::Busy);
+        }
+        let image =
+            LinuxImage { kernel: spec.kernel, initramfs: spec.initramfs, command_line: spec.command_line };
+        Self::create(self, &image, spec.mem_size_mib).map_err(|error| match error {
+            hypervisor::CreateError::OutOfFrames => CreateError::Busy,
+            hypervisor::CreateError::Boot(_) => CreateError::Impossible(error.to_string()),
+        })
+    }
+
+    fn vsock(&mut self, id: MachineId) -> &mut VsockHost {
+        match Self::vsock(self, id) {
+            Some(vsock) => vsock,
+            None => unreachable!("the engine asks only for machines it has made and not destroyed"),
+        }
+    }
+
+    fn ended(&self, id: MachineId) -> Option<MachineEnd> {
+        self.end(id).map(machine_end)
+    }
+
+    fn figures(&self, id: MachineId) -> (BTreeMap<String, u64>, Option<u64>) {
+        match Self::figures(self, id) {
+            Some((exits, bytes)) => (by_kind(&exits), Some(bytes / MIB)),
+            None => (BTreeMap::new(), None),
+        }
+    }
+
+    fn destroy(&mut self, id: MachineId) -> MachineReport {
+        let Some(remains) = Self::destroy(self, id) else {
+            let end = MachineEnd::InternalError(String::from("there is no such machine"));
+            return MachineReport {
+                end,
+                console_tail: String::new(),
+                exits: BTreeMap::new(),
+                peak_mib: None,
+            };
+        };
+        MachineReport {
+            end: remains.end.map_or(MachineEnd::Destroyed, machine_end),
+            console_tail: remains.console,
+            exits: by_kind(&remains.exits),
+            peak_mib: Some(remains.peak_bytes / MIB),
+        }
+    }
+
+    fn limit(&self) -> usize {
+        // One core runs one machine well; more would share it and all end later.
+        1
+    }
+
+    fn max_mem_size_mib(&self) -> u32 {
+        let (_, total) = self.frames();
+        let mut mib =
+            u32::try_from(total as u64 * SMALL_FRAME >> 20).unwrap_or(u32::MAX) & !(MEMORY_STEP_MIB - 1);
+        while mib > 0 && !self.ever_fits(mib) {
+            mib -= MEMORY_STEP_MIB;
+        }
+        mib
+    }
+
+    fn report(&self) -> HypervisorReport {
+        let (free, total) = self.frames();
+        let (used, claimed) = heap::usage();
+        HypervisorReport {
+            vendor: if B::VENDOR == "intel" { Vendor::Intel } else { Vendor::Amd },
+            features: self.features().iter().map(|(name, there)| (name.to_string(), *there)).collect(),
+            cores: 1,
+            memory: HostMemory {
+                total_mib: crate::memory::total_bytes() / MIB,
+                free_frames: free as u64,
+                total_frames: total as u64,
+                heap_used_bytes: used as u64,
+                heap_total_bytes: claimed as u64,
+            },
+            exits: by_kind(&self.total_exits()),
+            tsc_khz: clock::khz(),
+        }
+    }
+}
