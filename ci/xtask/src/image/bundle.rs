@@ -154,13 +154,16 @@ fn add_programs(archive: &mut Archive, root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Where busybox wants its applets to be. `init` is the agent's part.
+/// Where busybox's applets are to be.
 fn applets(busybox: &Path) -> Result<Vec<String>> {
-    let list = output(Command::new(busybox).arg("--list-full"))?;
-    let applets = list.lines().map(str::trim).filter(|path| !path.is_empty() && !path.ends_with("/init"));
-    Ok(applets
-        .map(|path| if path.starts_with("usr/") { path.to_owned() } else { format!("usr/{path}") })
-        .collect())
+    Ok(applet_paths(&output(Command::new(busybox).arg("--list-full"))?))
+}
+
+/// Paths in the image from what `busybox --list-full` prints. `init` is the agent's part, and `busybox` is the file itself.
+fn applet_paths(list: &str) -> Vec<String> {
+    let wanted = |path: &&str| !matches!(path.rsplit('/').next(), Some("" | "init" | "busybox"));
+    let place = |path: &str| if path.starts_with("usr/") { path.to_owned() } else { format!("usr/{path}") };
+    list.lines().map(str::trim).filter(wanted).map(place).collect()
 }
 
 /// The kernel below `root`, its unpacked package.
@@ -189,6 +192,12 @@ mod tests {
             initramfs: vec![2; 512],
             agent_len: 0,
         }
+    }
+
+    #[test]
+    fn applets_are_below_usr_and_never_replace_the_agent_or_busybox_itself() {
+        let paths = applet_paths("bin/busybox\nbin/sh\nsbin/init\nsbin/reboot\nusr/bin/env\n\n");
+        assert_eq!(paths, ["usr/bin/sh", "usr/sbin/reboot", "usr/bin/env"]);
     }
 
     #[test]

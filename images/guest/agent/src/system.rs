@@ -42,6 +42,14 @@ pub(crate) fn start(settings: &mut Settings) -> Result<(), String> {
     {
         optional(&format!("link /dev/{link}"), symlink(target, Path::new("/dev").join(link)));
     }
+    // A root file system unpacked from an initramfs starts out writable for everybody.
+    for (folder, mode) in [("/", 0o755), ("/var/tmp", 0o1777), (settings.home.as_str(), 0o700)] {
+        let _ = fs::create_dir_all(folder);
+        optional(
+            &format!("set the mode of {folder}"),
+            fs::set_permissions(folder, fs::Permissions::from_mode(mode)),
+        );
+    }
     optional("set the host name", nix::unistd::sethostname("nestling").map_err(io::Error::from));
     // 0x1 is IFF_UP (Linux: include/uapi/linux/if.h).
     optional("bring lo up", fs::write("/sys/class/net/lo/flags", "0x1"));
@@ -50,10 +58,8 @@ pub(crate) fn start(settings: &mut Settings) -> Result<(), String> {
         "set the limit of open files",
         setrlimit(Resource::RLIMIT_NOFILE, soft, hard).map_err(io::Error::from),
     );
-    for folder in [&settings.work, Path::new(&settings.home)] {
-        fs::create_dir_all(folder).map_err(|error| format!("cannot create {}: {error}", folder.display()))?;
-    }
-    fs::set_permissions(&settings.home, fs::Permissions::from_mode(0o700)).unwrap_or_default();
+    fs::create_dir_all(&settings.work)
+        .map_err(|error| format!("cannot create {}: {error}", settings.work.display()))?;
     settings.read_kernel_command_line(&fs::read_to_string("/proc/cmdline").unwrap_or_default());
     load_modules()
 }
