@@ -376,7 +376,7 @@ impl RunningBed {
     pub fn wait_ready(&self, timeout: Duration) -> Result<(), BedError> {
         let Some(client) = &self.client else {
             assert!(self.exit_code().is_some(), "nothing leads to a node without a user network");
-            let serial = ready::tail(&self.serial_log_path(), 20);
+            let serial = ready::tail(&self.serial_log_path(), ready::TAIL_LINES);
             return Err(BedError::NotReady(NotReady { reason: "the node ended at once".to_owned(), serial }));
         };
         let ended = || self.exit_code().map(|code| format!("QEMU's exit code {code}"));

@@ -15,7 +15,7 @@ const INTERVAL: Duration = Duration::from_millis(20);
 /// How much of a serial log is read for its last lines.
 const TAIL: u64 = 16 << 10;
 /// How many of them a message shows.
-const TAIL_LINES: usize = 20;
+pub(crate) const TAIL_LINES: usize = 20;
 /// What the kernel writes before its reason when it cannot go on. It switches itself off then, where it can.
 const REFUSAL: &str = "this node cannot run: ";
 

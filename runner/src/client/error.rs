@@ -24,7 +24,7 @@ pub enum ClientError {
         /// The HTTP status.
         status: u16,
         /// What the node says is wrong.
-        body: ErrorBody,
+        body: Box<ErrorBody>,
     },
     /// The node answered what cannot be understood.
     Answer {
@@ -57,8 +57,8 @@ impl ClientError {
     }
 
     pub(super) fn refused(path: &str, answer: &Answer) -> ClientError {
-        match serde_json::from_slice(&answer.body) {
-            Ok(body) => ClientError::Refused { status: answer.status, body },
+        match serde_json::from_slice::<ErrorBody>(&answer.body) {
+            Ok(body) => ClientError::Refused { status: answer.status, body: Box::new(body) },
             Err(_) => ClientError::Answer {
                 path: path.to_owned(),
                 reason: format!("status {} without a node's error; is this a nestling node?", answer.status),

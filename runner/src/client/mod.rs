@@ -8,13 +8,16 @@ use std::io::Read;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nestling_api::multiplex::MEDIA_TYPE;
 use nestling_api::types::{Host, ImageList, Job, JobList, JobRequest, Status, Version};
 use serde::de::DeserializeOwned;
 use ureq::Agent;
 use ureq::http;
 
 pub use error::ClientError;
-pub use log_stream::{Chunk, LogStream, Source};
+pub use log_stream::LogStream;
+pub use nestling_api::log::Stream;
+pub use nestling_api::multiplex::LogFrame;
 pub use nestling_api::types;
 
 use crate::random;
@@ -268,7 +271,7 @@ impl Client {
         if offset > 0 {
             let _ = write!(path, "&offset={offset}");
         }
-        let headers = [("accept", log_stream::MEDIA_TYPE)];
+        let headers = [("accept", MEDIA_TYPE)];
         let response = self.send("GET", &path, &headers, None)?;
         if !response.status().is_success() {
             let answer = read_whole(&path, response)?;
@@ -276,8 +279,8 @@ impl Client {
         }
         let kind =
             response.headers().get("content-type").and_then(|value| value.to_str().ok()).unwrap_or_default();
-        if kind != log_stream::MEDIA_TYPE {
-            let reason = format!("expected {}, got {kind:?}", log_stream::MEDIA_TYPE);
+        if kind != MEDIA_TYPE {
+            let reason = format!("expected {}, got {kind:?}", MEDIA_TYPE);
             return Err(ClientError::Answer { path, reason });
         }
         Ok(LogStream::new(Box::new(response.into_body().into_reader()), offset))
@@ -308,12 +311,11 @@ impl Client {
     pub fn run(&self, request: &JobRequest) -> Result<Finished, ClientError> {
         let id = self.create_job(request)?.id;
         let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
-        for chunk in self.log_stream(&id, Streams::Both, 0, true)? {
-            let chunk = chunk.map_err(|error| ClientError::unreachable(&self.url, error))?;
-            match chunk.source {
-                Source::Stdout => stdout.extend_from_slice(&chunk.data),
-                Source::Stderr => stderr.extend_from_slice(&chunk.data),
-                Source::Node => {}
+        for frame in self.log_stream(&id, Streams::Both, 0, true)? {
+            match frame.map_err(|error| ClientError::unreachable(&self.url, error))? {
+                LogFrame::Output(Stream::Stdout, data) => stdout.extend_from_slice(&data),
+                LogFrame::Output(Stream::Stderr, data) => stderr.extend_from_slice(&data),
+                LogFrame::Dropped(_) => {}
             }
         }
         Ok(Finished { job: self.job(&id)?, stdout, stderr })

@@ -1,0 +1,248 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Run CI jobs, each in a fresh virtual machine of its own.
+#[derive(Debug, Parser)]
+#[command(
+    name = "nestling",
+    version,
+    max_term_width = 100,
+    disable_help_subcommand = true,
+    after_help = "Start with:\n  nestling run -- uname -a\n\nThe first run starts a node on this computer and leaves it up; `nestling down` stops it."
+)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    Up(Up),
+    Down(Down),
+    Run(Run),
+    Status(Status),
+    Jobs(Jobs),
+    Logs(Logs),
+    Cancel(Cancel),
+}
+
+/// Which node a command talks to.
+#[derive(Clone, Debug, Default, Args)]
+pub(crate) struct NodeOptions {
+    /// The node: a URL, or the name of a node on this computer [default: the one that is up]
+    #[arg(
+        long,
+        env = "NESTLING_NODE",
+        value_name = "URL|NAME",
+        help_heading = "Node",
+        hide_env_values = true
+    )]
+    pub(crate) node: Option<String>,
+    /// The node's token; a node on this computer needs none here
+    #[arg(long, env = "NESTLING_TOKEN", value_name = "TOKEN", help_heading = "Node", hide_env_values = true)]
+    pub(crate) token: Option<String>,
+}
+
+/// What executes a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BedChoice {
+    /// KVM where it can nest, else the emulator
+    Auto,
+    /// QEMU's emulator: everywhere, slowly
+    QemuTcg,
+    /// QEMU with KVM: needs an AMD CPU and kvm_amd with nested=1
+    QemuKvm,
+}
+
+/// Start a node on this computer
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  nestling up
+  nestling up --memory 4096 --port 8080
+  nestling up --name second --no-auth
+
+The node listens on 127.0.0.1 only. Its record, log and token are in $XDG_STATE_HOME/nestling/NAME
+(~/.local/state/nestling/NAME), readable by you alone.")]
+pub(crate) struct Up {
+    /// What executes the node
+    #[arg(long, value_enum, default_value = "auto")]
+    pub(crate) bed: BedChoice,
+    /// The node's memory; jobs' machines are made from it
+    #[arg(long, value_name = "MIB", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(64..=1_048_576))]
+    pub(crate) memory: u32,
+    /// The port on 127.0.0.1; 0 is any free one
+    #[arg(long, default_value_t = 0)]
+    pub(crate) port: u16,
+    /// A name, to have several nodes
+    #[arg(long, default_value = nestling::state::DEFAULT_NODE)]
+    pub(crate) name: String,
+    /// The bundle of images [default: the one in this checkout's target/images, or in $XDG_DATA_HOME/nestling/images]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) image: Option<PathBuf>,
+    /// The token clients must have [default: a random one]
+    #[arg(long, env = "NESTLING_TOKEN", hide_env_values = true)]
+    pub(crate) token: Option<String>,
+    /// Ask clients for no token: any user of this computer can run jobs
+    #[arg(long, conflicts_with = "token")]
+    pub(crate) no_auth: bool,
+    /// Print only errors
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
+}
+
+/// Stop a node on this computer, with its jobs
+#[derive(Debug, Args)]
+pub(crate) struct Down {
+    /// The node's name
+    #[arg(default_value = nestling::state::DEFAULT_NODE)]
+    pub(crate) name: String,
+    /// All nodes on this computer
+    #[arg(long, conflicts_with = "name")]
+    pub(crate) all: bool,
+}
+
+/// Run a command as a job, in a fresh machine, and show its output
+///
+/// The words after -- arrive as exactly these arguments. Starts a node on this computer when none is up and none is named, and
+/// leaves it up. Ctrl-C cancels the job; a second one leaves at once.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  nestling run -- uname -r
+  nestling run -- sh -c 'echo $GREETING; exit 7' --env GREETING=hi   (everything after -- is the command)
+  nestling run --env GREETING=hi --timeout 10m -- sh -c 'echo $GREETING; exit 7'
+  nestling run --memory 512 -- dd if=/dev/zero of=/dev/null bs=1M count=100
+
+Exit code: the command's own (128+n when signal n killed it); 124 the job timed out; 125 the machine, the
+node or nestling failed; 127 the command was not found; 130 cancelled.")]
+pub(crate) struct Run {
+    /// The image the machine boots
+    #[arg(long, value_name = "NAME")]
+    pub(crate) image: Option<String>,
+    /// The machine's virtual CPUs
+    #[arg(long, value_name = "N")]
+    pub(crate) vcpus: Option<u32>,
+    /// The machine's memory
+    #[arg(long, value_name = "MIB")]
+    pub(crate) memory: Option<u32>,
+    /// Set a variable; without =VALUE it is taken from the environment
+    #[arg(long, short, value_name = "NAME[=VALUE]")]
+    pub(crate) env: Vec<String>,
+    /// How long the job may run, such as 90, 90s, 10m or 2h [default: 1h]
+    #[arg(long, value_name = "TIME", value_parser = nestling::duration::parse)]
+    pub(crate) timeout: Option<Duration>,
+    /// A name for people [default: the command]
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// A label for people and schedulers; may be given again
+    #[arg(long)]
+    pub(crate) label: Vec<String>,
+    /// Print the job's ID and leave; see `nestling logs -f`
+    #[arg(long, short)]
+    pub(crate) detach: bool,
+    /// Delete the job and its log from the node once it is over
+    #[arg(long, conflicts_with = "detach")]
+    pub(crate) rm: bool,
+    /// Print only the job's own output, and errors
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
+    #[command(flatten)]
+    pub(crate) node: NodeOptions,
+    /// The command and its arguments
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    pub(crate) command: Vec<String>,
+}
+
+/// Show a node: what it runs on, its memory, its machines
+#[derive(Debug, Args)]
+pub(crate) struct Status {
+    /// Print it as JSON, as the node's API has it
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) node: NodeOptions,
+}
+
+/// Which jobs to list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "snake_case")]
+pub(crate) enum StatusFilter {
+    Queued,
+    InProgress,
+    Completed,
+}
+
+/// List jobs, newest first
+#[derive(Debug, Args)]
+pub(crate) struct Jobs {
+    /// Only jobs that stand here
+    #[arg(long, value_enum)]
+    pub(crate) status: Option<StatusFilter>,
+    /// How many at most
+    #[arg(long, short = 'n', default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) limit: u32,
+    /// Print them as JSON, as the node's API has them
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) node: NodeOptions,
+}
+
+/// Show a job's output: its standard output on ours, its standard error on ours
+#[derive(Debug, Args)]
+pub(crate) struct Logs {
+    /// The job's ID, the beginning of it, or `last`
+    pub(crate) id: String,
+    /// Follow it until the job is over
+    #[arg(long, short)]
+    pub(crate) follow: bool,
+    /// Only the standard output
+    #[arg(long, conflicts_with = "stderr")]
+    pub(crate) stdout: bool,
+    /// Only the standard error
+    #[arg(long)]
+    pub(crate) stderr: bool,
+    #[command(flatten)]
+    pub(crate) node: NodeOptions,
+}
+
+/// Cancel jobs that wait or run
+#[derive(Debug, Args)]
+pub(crate) struct Cancel {
+    /// Their IDs, the beginnings of them, or `last`
+    #[arg(required = true)]
+    pub(crate) ids: Vec<String>,
+    #[command(flatten)]
+    pub(crate) node: NodeOptions,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn all_words_after_the_dashes_are_the_command() {
+        let cli =
+            Cli::parse_from(["nestling", "run", "--env", "A=b", "--", "sh", "-c", "exit 7", "--env", "--"]);
+        let Command::Run(run) = cli.command else { panic!("not run") };
+        assert_eq!(run.command, ["sh", "-c", "exit 7", "--env", "--"]);
+        assert_eq!(run.env, ["A=b"]);
+    }
+
+    #[test]
+    fn a_command_is_needed() {
+        assert!(Cli::try_parse_from(["nestling", "run"]).is_err());
+        assert!(Cli::try_parse_from(["nestling", "run", "--"]).is_err());
+        assert!(Cli::try_parse_from(["nestling", "run", "--timeout", "soon", "--", "true"]).is_err());
+    }
+}

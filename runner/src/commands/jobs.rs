@@ -1,0 +1,73 @@
+//! `nestling jobs`.
+
+use anyhow::Result;
+use nestling::client::JobQuery;
+use nestling::client::types::{Job, JobList, Status};
+use nestling::duration::format_ms;
+use nestling::ready::printable;
+
+use super::{table, target};
+use crate::cli::{Jobs, StatusFilter};
+use crate::terminal;
+
+/// Most jobs on a page of the API.
+const PAGE: u32 = 100;
+/// Digits of an ID that are shown; enough to tell jobs apart.
+const SHORT_ID: usize = 12;
+
+pub(crate) fn jobs(options: &Jobs) -> Result<u8> {
+    let client = target::require(&options.node)?.client;
+    let status = options.status.map(|status| match status {
+        StatusFilter::Queued => Status::Queued,
+        StatusFilter::InProgress => Status::InProgress,
+        StatusFilter::Completed => Status::Completed,
+    });
+    let mut list = JobList { total_count: 0, jobs: Vec::new() };
+    let limit = options.limit as usize;
+    // The same size on every page, or the pages would overlap.
+    let per_page = options.limit.min(PAGE);
+    for page in 1.. {
+        let part = client.jobs(&JobQuery { status, per_page: Some(per_page), page: Some(page) })?;
+        let last = part.jobs.len() < per_page as usize;
+        list.total_count = part.total_count;
+        list.jobs.extend(part.jobs);
+        if last || list.jobs.len() >= limit {
+            break;
+        }
+    }
+    list.jobs.truncate(limit);
+    if options.json {
+        terminal::print(&(serde_json::to_string_pretty(&list)? + "\n"))?;
+        return Ok(0);
+    }
+    terminal::print(&table::format(&rows(&list.jobs)))?;
+    let hidden = list.total_count.saturating_sub(list.jobs.len() as u64);
+    if hidden > 0 {
+        terminal::say(format_args!("{hidden} more; see them with --limit {}", list.total_count));
+    }
+    Ok(0)
+}
+
+fn rows(jobs: &[Job]) -> Vec<Vec<String>> {
+    let mut rows = vec![["ID", "STATUS", "EXIT", "TOOK", "CREATED", "NAME"].map(str::to_owned).to_vec()];
+    rows.extend(jobs.iter().map(|job| {
+        vec![
+            job.id.chars().take(SHORT_ID).collect(),
+            state(job),
+            job.exit_code.map_or("-".to_owned(), |code| code.to_string()),
+            job.timings.completed_ms.map_or("-".to_owned(), format_ms),
+            job.created_at.clone(),
+            printable(&job.name),
+        ]
+    }));
+    rows
+}
+
+/// Where a job stands, in one word or two.
+fn state(job: &Job) -> String {
+    match (job.conclusion, job.queue_position) {
+        (Some(conclusion), _) => conclusion.as_str().to_owned(),
+        (None, Some(position)) => format!("queued ({position} before it)"),
+        (None, None) => job.status.as_str().to_owned(),
+    }
+}

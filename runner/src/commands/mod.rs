@@ -1,0 +1,13 @@
+//! The subcommands, one a file, and what several of them need.
+
+pub(crate) mod cancel;
+pub(crate) mod down;
+mod follow;
+mod interrupt;
+pub(crate) mod jobs;
+pub(crate) mod logs;
+pub(crate) mod run;
+pub(crate) mod status;
+mod table;
+mod target;
+pub(crate) mod up;

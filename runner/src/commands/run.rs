@@ -1,0 +1,326 @@
+//! `nestling run`.
+
+use std::collections::BTreeMap;
+use std::env;
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use nestling::client::types::{Conclusion, Job, JobRequest, MachineConfig, Status, StepRequest};
+use nestling::client::{Client, Stream};
+use nestling::ready::printable;
+use nestling::state::DEFAULT_NODE;
+
+use super::follow::{self, Outputs, Sink};
+use super::interrupt::Interrupt;
+use super::target::{self, Target};
+use super::up;
+use crate::cli::{BedChoice, Run, Up};
+use crate::terminal::{self, Progress};
+
+/// `timeout`'s exit code of what it ended.
+const TIMED_OUT: u8 = 124;
+/// The shell's exit code after Ctrl-C.
+const CANCELLED: u8 = 130;
+/// The shell's exit code of a process that wrote to a closed pipe.
+const BROKEN_PIPE: u8 = 141;
+/// Memory of a node nobody gave options for.
+const NODE_MEMORY_MIB: u32 = 2048;
+/// How often a spinner's phase is asked for. Every answer takes time from an emulated node's one core.
+const PHASE_INTERVAL: Duration = Duration::from_millis(500);
+
+pub(crate) fn run(options: &Run) -> Result<u8> {
+    let request = request(options, |name| env::var(name).ok())?;
+    // The job to cancel at Ctrl-C, once there is one.
+    let running: Arc<Mutex<Option<(Client, String)>>> = Arc::default();
+    let interrupt = Interrupt::watch({
+        let running = Arc::clone(&running);
+        move || cancel(&running)
+    })?;
+    let progress = Progress::new(options.quiet);
+    let target = node(options, &interrupt, &progress)?;
+    if let Some(code) = interrupt.exit_code() {
+        return Ok(code);
+    }
+    let job = target.client.create_job(&request)?;
+    if options.detach {
+        progress.finish();
+        terminal::print(&format!("{}\n", job.id))?;
+        return Ok(0);
+    }
+    progress.phase(&format!("job {} {}", short(&job.id), phase(&job)));
+    *running.lock().unwrap_or_else(PoisonError::into_inner) = Some((target.client.clone(), job.id.clone()));
+    if interrupt.exit_code().is_some() {
+        // It came before there was a job to cancel.
+        cancel(&running);
+    }
+    let result = follow(&target, &job.id, &progress);
+    // Too late to cancel.
+    running.lock().unwrap_or_else(PoisonError::into_inner).take();
+    progress.finish();
+    let job = match result {
+        Ok(job) => job,
+        Err(error) if crate::is_broken_pipe(&error) => {
+            target.client.cancel(&job.id)?;
+            return Ok(BROKEN_PIPE);
+        }
+        Err(error) => return Err(error.context(format!("job {}", job.id))),
+    };
+    explain(&job, options.quiet);
+    if options.rm {
+        target.client.delete(&job.id)?;
+    }
+    Ok(exit_code(&job, interrupt.exit_code()))
+}
+
+/// What the options ask the node for, with `variable` our environment.
+fn request(options: &Run, variable: impl Fn(&str) -> Option<String>) -> Result<JobRequest> {
+    let words = options.command.iter().map(String::as_str);
+    let run = shlex::try_join(words).context("an argument of the command has a zero byte")?;
+    let mut env = BTreeMap::new();
+    for setting in &options.env {
+        let (name, value) = match setting.split_once('=') {
+            Some((name, value)) => (name, value.to_owned()),
+            None => match variable(setting) {
+                Some(value) => (setting.as_str(), value),
+                None => bail!(
+                    "--env {setting}: there is no such variable in the environment; give --env {setting}=VALUE"
+                ),
+            },
+        };
+        env.insert(name.to_owned(), value);
+    }
+    let default = MachineConfig::default();
+    let machine_config = (options.vcpus.is_some() || options.memory.is_some()).then(|| MachineConfig {
+        vcpu_count: options.vcpus.unwrap_or(default.vcpu_count),
+        mem_size_mib: options.memory.unwrap_or(default.mem_size_mib),
+    });
+    Ok(JobRequest {
+        name: options.name.clone(),
+        image: options.image.clone(),
+        labels: options.label.clone(),
+        timeout_seconds: options.timeout.map(|timeout| u32::try_from(timeout.as_secs()).unwrap_or(u32::MAX)),
+        machine_config,
+        steps: vec![StepRequest { run, ..StepRequest::default() }],
+        env,
+    })
+}
+
+/// The node to run on, started when there is none.
+fn node(options: &Run, interrupt: &Interrupt, progress: &Progress) -> Result<Target> {
+    if let Some(target) = target::find(&options.node)? {
+        return Ok(target);
+    }
+    let up = Up {
+        bed: BedChoice::Auto,
+        memory: NODE_MEMORY_MIB,
+        port: 0,
+        name: DEFAULT_NODE.to_owned(),
+        image: None,
+        token: options.node.token.clone(),
+        no_auth: false,
+        quiet: options.quiet,
+    };
+    let (node, _) = up::start(&up, interrupt, progress).context("no node is up, and starting one failed")?;
+    progress.say(&format!("node {} stays up for the next run; stop it with `nestling down`", node.name));
+    Ok(Target::of_local(node)?)
+}
+
+fn cancel(running: &Mutex<Option<(Client, String)>>) {
+    let job = running.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    if let Some((client, id)) = job {
+        terminal::say("cancelling the job; once more to leave at once");
+        if let Err(error) = client.cancel(&id) {
+            // It is over: what we wanted.
+            if error.code() != Some("job_completed") {
+                terminal::say(format_args!("the job could not be cancelled: {error}"));
+            }
+        }
+    }
+}
+
+/// Passes the job's output on until it is over, showing its phase until there is output.
+fn follow(target: &Target, id: &str, progress: &Progress) -> Result<Job> {
+    if !progress.is_live() {
+        return follow::follow(target, id, &mut RunSink::new(progress));
+    }
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let phases = scope.spawn(|| {
+            while progress.is_live() && !over.load(Ordering::SeqCst) {
+                if let Ok(job) = target.client.job(id) {
+                    progress.phase(&format!("job {} {}", short(id), phase(&job)));
+                }
+                thread::park_timeout(PHASE_INTERVAL);
+            }
+        });
+        let result = follow::follow(target, id, &mut RunSink::new(progress));
+        over.store(true, Ordering::SeqCst);
+        phases.thread().unpark();
+        result
+    })
+}
+
+/// Passes the job's output on to ours; the first of it replaces the spinner.
+struct RunSink<'a> {
+    progress: &'a Progress,
+    outputs: Outputs,
+}
+
+impl<'a> RunSink<'a> {
+    fn new(progress: &'a Progress) -> RunSink<'a> {
+        RunSink { progress, outputs: Outputs { stdout: true, stderr: true } }
+    }
+}
+
+impl Sink for RunSink<'_> {
+    fn output(&mut self, stream: Stream, data: &[u8]) -> io::Result<()> {
+        self.progress.finish();
+        self.outputs.write(stream, data)
+    }
+
+    fn dropped(&mut self, bytes: u64) -> io::Result<()> {
+        self.progress.say(&follow::dropped(bytes));
+        Ok(())
+    }
+
+    fn remark(&mut self, text: &str) {
+        self.progress.say(text);
+    }
+}
+
+/// The beginning of an ID, enough to name the job to other commands.
+fn short(id: &str) -> &str {
+    id.get(..12).unwrap_or(id)
+}
+
+/// What a job is at.
+fn phase(job: &Job) -> String {
+    match (job.status, job.queue_position) {
+        (Status::Queued, Some(position)) if position > 0 => format!("queued, {position} before it"),
+        (Status::Queued, _) => "queued".to_owned(),
+        (Status::InProgress, _) if job.timings.agent_ready_ms.is_none() => "booting its machine".to_owned(),
+        (Status::InProgress, _) => "running".to_owned(),
+        (Status::Completed, _) => "over".to_owned(),
+    }
+}
+
+/// Says on standard error why a job did not succeed, when its exit code alone would not tell.
+fn explain(job: &Job, quiet: bool) {
+    let reason = printable(job.failure_reason.as_deref().unwrap_or("no reason given"));
+    match job.conclusion {
+        Some(Conclusion::Success) => {}
+        Some(Conclusion::Failure) if quiet => {}
+        Some(Conclusion::Failure) => terminal::say(format_args!("the job failed: {reason}")),
+        Some(Conclusion::Cancelled) => terminal::say("the job was cancelled"),
+        Some(Conclusion::TimedOut) => terminal::say(format_args!("the job timed out: {reason}")),
+        Some(Conclusion::SystemFailure) | None => {
+            let mut text = format!("the system failed, not the job: {reason}");
+            for line in job.console.iter().flat_map(|console| console.lines()) {
+                text.push_str("\n  | ");
+                text.push_str(&printable(line));
+            }
+            terminal::say(text);
+        }
+    }
+}
+
+/// Our exit code for a job that is over.
+fn exit_code(job: &Job, interrupted: Option<u8>) -> u8 {
+    match job.conclusion {
+        Some(Conclusion::Success) => 0,
+        // A failure never ends with 0, whatever its code.
+        Some(Conclusion::Failure) => {
+            job.exit_code.and_then(|code| u8::try_from(code).ok()).filter(|&code| code != 0).unwrap_or(1)
+        }
+        Some(Conclusion::Cancelled) => interrupted.unwrap_or(CANCELLED),
+        Some(Conclusion::TimedOut) => TIMED_OUT,
+        Some(Conclusion::SystemFailure) | None => crate::SYSTEM_FAILURE,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::cli::{Cli, Command};
+
+    fn options(arguments: &[&str]) -> Run {
+        let arguments = [&["nestling", "run"], arguments].concat();
+        let Command::Run(run) = Cli::parse_from(arguments).command else { panic!("not run") };
+        run
+    }
+
+    fn request_of(arguments: &[&str]) -> Result<JobRequest> {
+        request(&options(arguments), |name| (name == "HOME").then(|| "/root".to_owned()))
+    }
+
+    #[test]
+    fn the_words_of_the_command_come_out_of_a_shell_as_they_went_in() {
+        let words =
+            ["printf", "%s|", "uname -r; echo hi; exit 7", "it's", "$HOME", "*", "", "\"", "a\nb", "\\", "é"];
+        let arguments = [&["--"], &words[..]].concat();
+        let script = request_of(&arguments).unwrap().steps[0].run.clone();
+        let output = std::process::Command::new("sh").args(["-e", "-c", &script]).output().unwrap();
+        assert_eq!(String::from_utf8(output.stdout).unwrap(), words[2..].join("|") + "|");
+    }
+
+    #[test]
+    fn a_variable_without_a_value_is_taken_from_the_environment() {
+        let request = request_of(&["--env", "A=b=c", "-e", "HOME", "--", "true"]).unwrap();
+        assert_eq!(
+            request.env,
+            BTreeMap::from([("A".into(), "b=c".into()), ("HOME".into(), "/root".into())])
+        );
+        let error = request_of(&["--env", "NOPE", "--", "true"]).unwrap_err().to_string();
+        assert!(error.contains("--env NOPE=VALUE"), "{error}");
+    }
+
+    #[test]
+    fn only_what_was_asked_for_is_sent() {
+        let plain = request_of(&["--", "true"]).unwrap();
+        assert_eq!(serde_json::to_value(&plain).unwrap(), serde_json::json!({"steps": [{"run": "true"}]}));
+        let full =
+            request_of(&["--memory", "512", "--timeout", "10m", "--name", "n", "--label", "l", "--", "true"])
+                .unwrap();
+        assert_eq!(full.machine_config, Some(MachineConfig { vcpu_count: 1, mem_size_mib: 512 }));
+        assert_eq!(
+            (full.timeout_seconds, full.name, full.labels),
+            (Some(600), Some("n".into()), vec!["l".into()])
+        );
+    }
+
+    fn job(conclusion: Option<Conclusion>, code: Option<i32>) -> Job {
+        let json = serde_json::json!({
+            "id": "a".repeat(32), "name": "n", "image": "minimal", "labels": [], "status": "completed", "created_at": "",
+            "timeout_seconds": 1, "machine_config": {}, "steps": [], "timings": {}, "exits": {}, "memory": {},
+            "log": {"bytes": 0, "start_offset": 0, "truncated": false},
+        });
+        Job { conclusion, exit_code: code, ..serde_json::from_value(json).unwrap() }
+    }
+
+    #[test]
+    fn the_exit_code_tells_how_the_job_ended() {
+        for (conclusion, code, expected) in [
+            (Conclusion::Success, Some(0), 0),
+            (Conclusion::Failure, Some(7), 7),
+            (Conclusion::Failure, Some(137), 137),
+            (Conclusion::Failure, Some(0), 1),
+            (Conclusion::Failure, None, 1),
+            (Conclusion::Failure, Some(256), 1),
+            (Conclusion::Failure, Some(-1), 1),
+            (Conclusion::TimedOut, None, 124),
+            (Conclusion::Cancelled, None, 130),
+            (Conclusion::SystemFailure, Some(0), 125),
+        ] {
+            assert_eq!(exit_code(&job(Some(conclusion), code), None), expected, "{conclusion:?} {code:?}");
+        }
+        assert_eq!(exit_code(&job(None, None), None), 125);
+        assert_eq!(exit_code(&job(Some(Conclusion::Cancelled), None), Some(143)), 143);
+        assert_eq!(exit_code(&job(Some(Conclusion::Success), Some(0)), Some(143)), 0);
+    }
+}

@@ -1,0 +1,84 @@
+//! `nestling up`.
+
+use anyhow::{Result, bail};
+use nestling::accelerator::{Accelerator, HostFacts};
+use nestling::local::{self, Options};
+use nestling::random;
+use nestling::state::{LocalNode, State};
+
+use super::interrupt::Interrupt;
+use crate::cli::{BedChoice, Up};
+use crate::terminal::{self, Progress};
+
+pub(crate) fn up(options: &Up) -> Result<u8> {
+    let interrupt = Interrupt::watch(|| {})?;
+    let progress = Progress::new(options.quiet);
+    let (node, was_up) = start(options, &interrupt, &progress)?;
+    progress.finish();
+    let already = if was_up { "already " } else { "" };
+    terminal::print(&format!("node {} is {already}up at {}\n", node.name, node.url))?;
+    if !options.quiet {
+        terminal::say("run a job: nestling run -- uname -a");
+        if node.token.is_some() {
+            let record = State::of_user()?.node(&node.name)?.record();
+            terminal::say(format_args!("for other clients, the token is in {}", record.display()));
+        }
+    }
+    Ok(0)
+}
+
+/// The node the options name and whether it was up before, starting it if it was not.
+pub(super) fn start(options: &Up, interrupt: &Interrupt, progress: &Progress) -> Result<(LocalNode, bool)> {
+    let dir = State::of_user()?.node(&options.name)?;
+    let _lock = dir.lock()?;
+    // A record that cannot be read is written anew; what it tells of cannot be found again.
+    if let Some(node) = dir.read().unwrap_or(None).filter(LocalNode::is_running) {
+        return Ok((node, true));
+    }
+    let (accelerator, reason) = choose(options.bed, &HostFacts::read())?;
+    progress.say(&format!("starting node {} in {accelerator}: {reason}", options.name));
+    let token = match &options.token {
+        _ if options.no_auth => None,
+        Some(token) => Some(token.clone()),
+        None => Some(random::hex(32)),
+    };
+    let start = Options {
+        accelerator,
+        memory_mib: options.memory,
+        port: options.port,
+        image: options.image.clone(),
+        token,
+    };
+    let interrupted = || interrupt.exit_code().is_some();
+    let phase = |phase: &str| progress.phase(phase);
+    Ok((local::start(&dir, &options.name, &start, interrupted, phase)?, false))
+}
+
+/// What executes the node, and why.
+fn choose(bed: BedChoice, facts: &HostFacts) -> Result<(Accelerator, String)> {
+    match bed {
+        BedChoice::Auto => Ok(facts.choose()),
+        BedChoice::QemuTcg => Ok((Accelerator::Tcg, "as asked for".to_owned())),
+        BedChoice::QemuKvm => match facts.kvm_obstacle() {
+            None => Ok((Accelerator::Kvm, "as asked for".to_owned())),
+            Some(obstacle) => {
+                bail!("--bed qemu-kvm is not possible here: {obstacle}; leave out --bed, or give qemu-tcg")
+            }
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kvm_is_refused_with_the_reason_where_it_cannot_nest() {
+        let facts =
+            HostFacts { kvm_refused: None, cpu_vendor: "GenuineIntel".to_owned(), kvm_amd_nested: None };
+        let error = choose(BedChoice::QemuKvm, &facts).unwrap_err().to_string();
+        assert!(error.contains("GenuineIntel") && error.contains("qemu-tcg"), "{error}");
+        assert_eq!(choose(BedChoice::QemuTcg, &facts).unwrap().0, Accelerator::Tcg);
+        assert_eq!(choose(BedChoice::Auto, &facts).unwrap().0, Accelerator::Tcg);
+    }
+}
