@@ -1,8 +1,28 @@
-//! Carrying out single instructions.
+//! Carrying out single instructions that the processor could not: those that reach device memory, and string I/O.
+//!
+//! Intel SDM vol. 2 and vol. 3, 3-5. The bytes are decoded by iced-x86; page walk, segments, operands and semantics are here.
+//! Alignment checks, protection keys and I/O permissions are the processor's: it has made them before it exits.
 
-use crate::address::{GuestPhysAddr, GuestVirtAddr};
+mod execute;
+mod fetch;
+mod flags;
+mod operands;
+mod string;
+#[cfg(test)]
+mod tests;
+mod translate;
+
+use crate::address::{GuestPhysAddr, Vector};
 use crate::memory::{GuestMemory, MemoryError};
 use crate::state::{Exception, VcpuState};
+use execute::Progress;
+use fetch::CodeSize;
+use operands::Machine;
+
+pub use fetch::{instruction_length, prepare};
+pub use translate::{Access, translate};
+
+const DR6_SINGLE_STEP: u64 = 1 << 14;
 
 /// What an instruction's operands reach.
 pub trait Bus {
@@ -27,7 +47,7 @@ pub enum Emulation {
     Partial,
     /// The instruction raised this exception; deliver it. RIP points where the exception's class says.
     Fault(Exception),
-    /// The emulator does not know the instruction.
+    /// The emulator does not know the instruction. Nothing has changed.
     Unsupported {
         /// The instruction's bytes, as far as they could be read.
         bytes: [u8; 15],
@@ -54,39 +74,39 @@ pub enum Stop {
     Memory(MemoryError),
 }
 
-/// What an access wants to do.
-#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
-pub struct Access {
-    /// Write.
-    pub write: bool,
-    /// Fetch an instruction.
-    pub execute: bool,
-    /// With user privilege (CPL 3).
-    pub user: bool,
+impl From<Stop> for Emulation {
+    fn from(stop: Stop) -> Self {
+        match stop {
+            Stop::Exception(exception) => Self::Fault(exception),
+            Stop::Unsupported { bytes, length } => Self::Unsupported { bytes, length },
+            Stop::Memory(error) => Self::Memory(error),
+        }
+    }
 }
 
 /// Emulates the one instruction at CS:RIP.
-pub fn emulate(_state: &mut VcpuState, _bus: &mut dyn Bus) -> Emulation {
-    Emulation::Unsupported { bytes: [0; 15], length: 0 }
-}
-
-/// The length of the instruction at CS:RIP, for exits of processors that do not say.
 ///
-/// # Errors
-/// The instruction cannot be fetched or decoded.
-pub fn instruction_length(_state: &VcpuState, _memory: &mut dyn GuestMemory) -> Result<u8, Stop> {
-    Err(Stop::Unsupported { bytes: [0; 15], length: 0 })
-}
-
-/// Walks the guest's page tables.
-///
-/// # Errors
-/// The page fault or general protection exception, or [`Stop::Memory`]; never [`Stop::Unsupported`].
-pub fn translate(
-    _state: &VcpuState,
-    _memory: &mut dyn GuestMemory,
-    _address: GuestVirtAddr,
-    _access: Access,
-) -> Result<GuestPhysAddr, Stop> {
-    Err(Stop::Exception(Exception::GENERAL_PROTECTION))
+/// A fault leaves registers and memory as they were, but for the iterations that a string instruction had completed. The caller
+/// ends an interrupt shadow when the instruction is done.
+pub fn emulate(state: &mut VcpuState, bus: &mut dyn Bus) -> Emulation {
+    let (instruction, window) = match fetch::decode(state, bus.memory()) {
+        Ok(decoded) => decoded,
+        Err(stop) => return stop.into(),
+    };
+    let single_step = state.registers.rflags & flags::TRAP != 0;
+    let mut machine = Machine::new(state, bus);
+    match execute::execute(&mut machine, &instruction, &window) {
+        Ok(Progress::Partial) => Emulation::Partial,
+        Ok(Progress::Done) => {
+            let next = state.registers.rip.wrapping_add(instruction.len() as u64);
+            state.registers.rip = CodeSize::of(state).wrap(next);
+            state.registers.rflags &= !flags::RESUME;
+            if !single_step {
+                return Emulation::Done;
+            }
+            state.system.dr6 |= DR6_SINGLE_STEP;
+            Emulation::Fault(Exception { vector: Vector(1), error_code: None, cr2: None })
+        }
+        Err(stop) => stop.into(),
+    }
 }
