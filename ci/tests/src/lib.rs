@@ -1,1 +1,7 @@
-//! Helpers of the booting tests.
+//! Helpers of the booting tests, which stand in `tests/boots`: nodes ([`node`]), jobs ([`job`]), HTTP byte by byte ([`http`]) and
+//! guests that are no Linux ([`guest`]).
+
+pub mod guest;
+pub mod http;
+pub mod job;
+pub mod node;

@@ -1,0 +1,10 @@
+//! Tests that boot the real kernel in QEMU and send it real jobs.
+//!
+//! One binary, so that two tests run side by side on two cores; the tests of one theme share a node where they can.
+
+mod api;
+mod boot;
+mod exits;
+mod guest;
+mod jobs;
+mod leak;
