@@ -21,9 +21,14 @@ impl Budget {
         Self { free: Arc::new(AtomicUsize::new(bytes)) }
     }
 
+    /// A share of nothing, to grow.
+    pub(crate) fn share(&self) -> Share {
+        Share { budget: self.clone(), bytes: 0 }
+    }
+
     /// Takes `bytes`, or nothing at all when there are not as many left.
     pub(crate) fn take(&self, bytes: usize) -> Option<Share> {
-        let mut share = Share { budget: self.clone(), bytes: 0 };
+        let mut share = self.share();
         share.grow(bytes).then_some(share)
     }
 

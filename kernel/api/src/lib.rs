@@ -17,14 +17,18 @@ pub mod agent;
 mod budget;
 mod config;
 pub mod error;
+mod handlers;
+pub mod http;
 pub mod jobs;
 pub mod log;
 pub mod multiplex;
 mod node;
+mod router;
 pub mod time;
 pub mod types;
 
 pub use config::{ApiConfig, Limits};
+pub use handlers::OPENAPI;
 pub use node::Node;
 pub use time::Clock;
 

@@ -27,6 +27,23 @@ pub fn rfc3339(unix_ns: u64) -> String {
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{millis:03}Z")
 }
 
+/// A moment as HTTP's headers write it (RFC 9110, 5.6.7): `Sat, 31 Jan 2026 23:59:59 GMT`.
+#[must_use]
+pub(crate) fn http_date(unix_ns: u64) -> String {
+    const DAYS: [&str; 7] = ["Thu", "Fri", "Sat", "Sun", "Mon", "Tue", "Wed"];
+    const MONTHS: [&str; 12] =
+        ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
+    let seconds = unix_ns / SECOND;
+    let (days, second) = (seconds / 86_400, seconds % 86_400);
+    let (year, month, day) = civil_from_days(days);
+    let name = |names: &[&'static str], index: u64| {
+        usize::try_from(index).ok().and_then(|index| names.get(index).copied()).unwrap_or_default()
+    };
+    let (weekday, month) = (name(&DAYS, days % 7), name(&MONTHS, month.saturating_sub(1)));
+    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
+    format!("{weekday}, {day:02} {month} {year:04} {hour:02}:{minute:02}:{second:02} GMT")
+}
+
 /// Year, month and day of the proleptic Gregorian calendar, for days since 1970-01-01.
 ///
 /// Counts years from 1 March, so that the leap day is a year's last: months then start at `(153 * m + 2) / 5` days.
@@ -60,6 +77,11 @@ mod tests {
         ] {
             assert_eq!(rfc3339(seconds * SECOND), text);
         }
+    }
+
+    #[test]
+    fn headers_write_moments_with_their_weekday() {
+        assert_eq!(http_date(784_111_777 * SECOND), "Sun, 06 Nov 1994 08:49:37 GMT");
     }
 
     #[test]

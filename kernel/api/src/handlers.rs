@@ -1,0 +1,172 @@
+//! What each request does once it is admitted.
+
+use alloc::format;
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+
+use crate::error::{ApiError, ErrorCode};
+use crate::http::{Body, Head, Query, Response, Wanted};
+use crate::jobs::{Created, JobId, ReadOptions, Streams, request};
+use crate::log::Stream;
+use crate::multiplex;
+use crate::types::{FieldError, ImageList, JobList, Status, Version};
+use crate::{Api, Clock, Node};
+
+/// The API's description, as `GET /openapi.json` gives it: OpenAPI 3.1.
+pub const OPENAPI: &str = include_str!("openapi.json");
+
+const TEXT: &str = "text/plain; charset=utf-8";
+/// Most bytes of an `Idempotency-Key`.
+const MAX_KEY: usize = 255;
+const DEFAULT_PER_PAGE: u64 = 30;
+const MAX_PER_PAGE: u64 = 100;
+
+pub(crate) fn text(text: &'static str) -> Response {
+    Response::new(200, TEXT, Body::Static(text.as_bytes()))
+}
+
+pub(crate) fn ready(node: &dyn Node) -> Result<Response, ApiError> {
+    if node.ready() {
+        return Ok(text("ok\n"));
+    }
+    let message = "the node has not finished starting, or has no image to run jobs in";
+    Err(ApiError::new(ErrorCode::NotReady, message).with_header("Retry-After", "1"))
+}
+
+pub(crate) fn version(node: &dyn Node) -> Response {
+    let version = Version { name: "nestling".into(), version: node.version().to_string(), api: "v1".into() };
+    Response::json(200, &version)
+}
+
+pub(crate) fn openapi() -> Response {
+    Response::new(200, "application/json", Body::Static(OPENAPI.as_bytes()))
+}
+
+pub(crate) fn images(node: &dyn Node) -> Response {
+    let images = node.images();
+    Response::json(200, &ImageList { total_count: images.len() as u64, images })
+}
+
+pub(crate) fn list_jobs(api: &Api, head: &Head) -> Result<Response, ApiError> {
+    let query = Query::parse(&head.query, &["status", "per_page", "page"])?;
+    let words =
+        [Status::Queued, Status::InProgress, Status::Completed].map(|status| (status.as_str(), status));
+    let status = query.word("status", &words)?;
+    let per_page = query.number("per_page", 1..=MAX_PER_PAGE)?.unwrap_or(DEFAULT_PER_PAGE);
+    let page = query.number("page", 1..=u64::from(u32::MAX))?.unwrap_or(1);
+    let total_count = api.jobs.count(status) as u64;
+    let skipped = page.saturating_sub(1).saturating_mul(per_page);
+    let ids = api.jobs.list(status);
+    let ids = ids.skip(usize::try_from(skipped).unwrap_or(usize::MAX));
+    let jobs: Vec<_> = ids
+        .take(usize::try_from(per_page).unwrap_or_default())
+        .filter_map(|id| api.jobs.get(id).ok())
+        .collect();
+    let mut response = Response::json(200, &JobList { total_count, jobs });
+    let filter = status.map_or_else(String::new, |status| format!("&status={}", status.as_str()));
+    let link =
+        |page: u64, rel: &str| format!("</v1/jobs?page={page}&per_page={per_page}{filter}>; rel=\"{rel}\"");
+    let mut links = Vec::new();
+    if page > 1 {
+        links.push(link(page.saturating_sub(1), "prev"));
+    }
+    if skipped.saturating_add(per_page) < total_count {
+        links.push(link(page.saturating_add(1), "next"));
+    }
+    if !links.is_empty() {
+        response = response.with_header("Link", links.join(", "));
+    }
+    Ok(response)
+}
+
+pub(crate) fn create_job(
+    api: &mut Api,
+    node: &mut dyn Node,
+    head: &Head,
+    body: &[u8],
+    now: Clock,
+) -> Result<Response, ApiError> {
+    let key = head.idempotency_key.as_deref().map(checked_key).transpose()?;
+    let request = request::parse(body)?;
+    let key = key.map(|key| (key, fingerprint(&serde_json::to_vec(&request).unwrap_or_default())));
+    let before = key.as_ref().map(|(key, print)| api.jobs.created_before(key, *print)).transpose()?.flatten();
+    let created = match before {
+        Some(id) => Created::Before(id),
+        None => {
+            let plan = request::plan(request, &node.images(), node.max_machine_memory_mib())?;
+            let mut bytes = [0; 16];
+            node.random(&mut bytes);
+            api.jobs.create(JobId::from_bytes(bytes), plan, key, now)?
+        }
+    };
+    let id = created.id();
+    let response = Response::json(202, &api.jobs.get(id)?).with_header("Location", format!("/v1/jobs/{id}"));
+    Ok(match created {
+        Created::New(_) => response,
+        Created::Before(_) => response.with_header("Idempotency-Replayed", "true"),
+    })
+}
+
+fn checked_key(key: &str) -> Result<String, ApiError> {
+    if (1..=MAX_KEY).contains(&key.len()) && key.bytes().all(|b| b.is_ascii_graphic() || b == b' ') {
+        return Ok(key.to_string());
+    }
+    let message = format!("must be 1 to {MAX_KEY} printable ASCII characters");
+    Err(ApiError::validation(Vec::from([FieldError { field: "Idempotency-Key".into(), message }])))
+}
+
+/// FNV-1a over a request's bytes. It tells a client's own two requests apart; nobody gains by making them collide.
+fn fingerprint(bytes: &[u8]) -> u64 {
+    bytes
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3))
+}
+
+pub(crate) fn job_logs(api: &mut Api, head: &Head, id: JobId, now: Clock) -> Result<Response, ApiError> {
+    let query = Query::parse(&head.query, &["follow", "stream", "offset"])?;
+    let switch = [("true", true), ("1", true), ("", true), ("false", false), ("0", false)];
+    let follow = query.word("follow", &switch)?.unwrap_or(false);
+    let streams = [
+        ("both", Streams::Both),
+        ("stdout", Streams::Only(Stream::Stdout)),
+        ("stderr", Streams::Only(Stream::Stderr)),
+    ];
+    let streams = query.word("stream", &streams)?.unwrap_or_default();
+    let offset = query.number("offset", 0..=u64::MAX)?;
+    let multiplexed = head.accept.as_deref().is_some_and(|accept| accept.contains(multiplex::MEDIA_TYPE));
+    let info = api.jobs.log_info(id)?;
+    let ranged = !follow && !multiplexed && offset.is_none() && streams == Streams::Both;
+    if let Some(wanted) = head.range.as_deref().filter(|_| ranged).and_then(Wanted::parse) {
+        return log_range(api, id, wanted, now);
+    }
+    let end = (!follow).then_some(info.bytes);
+    let options = ReadOptions { start: offset.unwrap_or(0), end, streams, multiplexed, follow, exact: false };
+    let content_type = if multiplexed { multiplex::MEDIA_TYPE } else { TEXT };
+    let reader = api.jobs.open_log(id, options, now)?;
+    Ok(Response::new(200, content_type, Body::Log(reader, None)).with_header("Accept-Ranges", "bytes"))
+}
+
+fn log_range(api: &mut Api, id: JobId, wanted: Wanted, now: Clock) -> Result<Response, ApiError> {
+    let info = api.jobs.log_info(id)?;
+    let total = info.bytes;
+    let Some(range) = wanted.within(info.start_offset, total) else {
+        let message = format!(
+            "the log has bytes {} to {total} (exclusive); none of those asked for",
+            info.start_offset
+        );
+        let error = ApiError::new(ErrorCode::RangeNotSatisfiable, message);
+        return Err(error.with_header("Content-Range", format!("bytes */{total}")));
+    };
+    let options =
+        ReadOptions { start: range.start, end: Some(range.end), exact: true, ..ReadOptions::default() };
+    let reader = api.jobs.open_log(id, options, now)?;
+    let complete = match api.jobs.status(id)? {
+        Status::Completed => total.to_string(),
+        _ => "*".to_string(),
+    };
+    let shown = format!("bytes {}-{}/{complete}", range.start, range.end.saturating_sub(1));
+    let body = Body::Log(reader, Some(range.end.saturating_sub(range.start)));
+    Ok(Response::new(206, TEXT, body)
+        .with_header("Content-Range", shown)
+        .with_header("Accept-Ranges", "bytes"))
+}

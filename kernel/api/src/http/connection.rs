@@ -1,0 +1,565 @@
+//! One HTTP connection as a state machine.
+//!
+//! The owner of the socket loops: [`Connection::receive`] what came, [`Connection::advance`], send [`Connection::transmit`] and
+//! say so with [`Connection::transmitted`], again until nothing moves; then close if [`Connection::wants_close`], or come back
+//! when the socket has something or takes something, at [`Connection::deadline`], and, while [`Connection::is_following`],
+//! when jobs went on. Requests are answered in order, one at a time: the next is not
+//! looked at before the last answer is on its way, and a peer that sends more than a head ahead is not read from.
+
+use alloc::boxed::Box;
+use alloc::format;
+use alloc::vec::Vec;
+
+use super::chunked;
+use super::request::{self, BodyLength, Head, Method};
+use super::response::{Body, Framing, Response};
+use crate::budget::Share;
+use crate::error::{ApiError, ErrorCode};
+use crate::jobs::{MIN_ROOM, ReadState};
+use crate::router::{self, Route};
+use crate::time::{Clock, MILLISECOND, SECOND};
+use crate::{Api, Node};
+
+/// Most bytes of a request's head, and most bytes that are taken ahead of being looked at.
+pub const MAX_HEAD: usize = 8 * 1024;
+/// Bytes of an answer that are made ahead of being sent.
+const TX_CHUNK: usize = 16 * 1024;
+/// What a chunk of a body costs besides its bytes: four digits, CR LF, CR LF.
+const CHUNK_OVERHEAD: usize = 8;
+
+/// How long a head or a body may take to arrive.
+const REQUEST_TIMEOUT_NS: u64 = 30 * SECOND;
+/// How long a connection may do nothing between requests.
+const IDLE_TIMEOUT_NS: u64 = 60 * SECOND;
+/// How long a peer may take nothing of an answer.
+const STALL_TIMEOUT_NS: u64 = 60 * SECOND;
+/// After a refusal with the request still arriving: how long the peer may send nothing ...
+const LINGER_QUIET_NS: u64 = 500 * MILLISECOND;
+/// ... and how long and how much it may send, before the connection is closed.
+const LINGER_NS: u64 = 10 * SECOND;
+const LINGER_BYTES: u64 = 64 * 1024 * 1024;
+
+/// One TCP connection's HTTP. An idle one has no buffers.
+#[derive(Debug)]
+pub struct Connection {
+    /// What came and was not looked at.
+    rx: Vec<u8>,
+    /// What is to be sent, from `tx_sent` on.
+    tx: Vec<u8>,
+    tx_sent: usize,
+    /// When something of `tx` last went out, or came in when it was empty.
+    tx_progress_ns: u64,
+    peer_closed: bool,
+    state: State,
+}
+
+#[derive(Debug)]
+enum State {
+    /// Between requests, or in the middle of a head.
+    Head {
+        /// When the last answer was ready.
+        idle_ns: u64,
+        /// When the head's first byte came.
+        first_byte_ns: Option<u64>,
+    },
+    /// In the middle of a body.
+    Body(Box<Incoming>),
+    /// In the middle of an answer.
+    Answer(Box<Outgoing>),
+    /// The last answer is on its way, and what still comes is thrown away: closing now could make the peer's TCP forget
+    /// the answer before its program has read it.
+    Linger {
+        /// Bytes the peer has yet to send, as far as is known.
+        left: Option<u64>,
+        discarded: u64,
+        quiet_ns: u64,
+        since_ns: u64,
+    },
+    /// Nothing more to do once `tx` is empty.
+    Close,
+    /// The peer is gone or stuck.
+    Abort,
+}
+
+/// A request whose body is arriving.
+#[derive(Debug)]
+struct Incoming {
+    head: Head,
+    route: Route,
+    coding: Coding,
+    body: Vec<u8>,
+    share: Share,
+    since_ns: u64,
+}
+
+#[derive(Debug)]
+enum Coding {
+    Left(u64),
+    Chunked(chunked::Decoder),
+}
+
+/// An answer that is leaving.
+#[derive(Debug)]
+struct Outgoing {
+    body: Body,
+    sent: usize,
+    framing: Framing,
+    after: After,
+}
+
+/// What comes after an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum After {
+    NextRequest,
+    Close,
+    Linger(Option<u64>),
+}
+
+impl Connection {
+    /// A connection that was accepted just now.
+    #[must_use]
+    pub fn new(now: Clock) -> Self {
+        Self {
+            rx: Vec::new(),
+            tx: Vec::new(),
+            tx_sent: 0,
+            tx_progress_ns: now.monotonic_ns,
+            peer_closed: false,
+            state: State::Head { idle_ns: now.monotonic_ns, first_byte_ns: None },
+        }
+    }
+
+    /// Bytes [`Connection::receive`] takes now; 0 means: leave them in the socket.
+    #[must_use]
+    pub fn receive_capacity(&self) -> usize {
+        match self.state {
+            State::Linger { .. } => MAX_HEAD,
+            State::Close | State::Abort => 0,
+            _ => MAX_HEAD.saturating_sub(self.rx.len()),
+        }
+    }
+
+    /// Takes bytes from the socket: how many, no more than [`Connection::receive_capacity`].
+    pub fn receive(&mut self, bytes: &[u8], now: Clock) -> usize {
+        let bytes = bytes.get(..self.receive_capacity()).unwrap_or(bytes);
+        if bytes.is_empty() {
+            return 0;
+        }
+        match &mut self.state {
+            State::Linger { left, discarded, quiet_ns, .. } => {
+                *discarded = discarded.saturating_add(bytes.len() as u64);
+                *left = left.map(|left| left.saturating_sub(bytes.len() as u64));
+                *quiet_ns = now.monotonic_ns;
+            }
+            State::Head { first_byte_ns, .. } => {
+                first_byte_ns.get_or_insert(now.monotonic_ns);
+                self.rx.extend_from_slice(bytes);
+            }
+            _ => self.rx.extend_from_slice(bytes),
+        }
+        bytes.len()
+    }
+
+    /// The peer will send nothing more. It may still read.
+    pub fn receive_closed(&mut self) {
+        self.peer_closed = true;
+    }
+
+    /// Bytes for the socket.
+    #[must_use]
+    pub fn transmit(&self) -> &[u8] {
+        self.tx.get(self.tx_sent..).unwrap_or_default()
+    }
+
+    /// The first `len` bytes of [`Connection::transmit`] are in the socket.
+    pub fn transmitted(&mut self, len: usize, now: Clock) {
+        if len > 0 {
+            self.tx_sent = self.tx_sent.saturating_add(len).min(self.tx.len());
+            self.tx_progress_ns = now.monotonic_ns;
+        }
+        if self.tx_sent >= self.tx.len() {
+            self.tx.clear();
+            self.tx_sent = 0;
+        }
+    }
+
+    /// Everything was handed out and nothing more will come: send a FIN.
+    #[must_use]
+    pub fn wants_close(&self) -> bool {
+        matches!(self.state, State::Close) && self.tx.is_empty()
+    }
+
+    /// The peer does not take its answer: reset the connection.
+    #[must_use]
+    pub fn wants_abort(&self) -> bool {
+        matches!(self.state, State::Abort)
+    }
+
+    /// Whether it waits for a job's output: call [`Connection::advance`] whenever jobs went on.
+    #[must_use]
+    pub fn is_following(&self) -> bool {
+        match &self.state {
+            State::Answer(answer) => matches!(&answer.body, Body::Log(reader, _) if reader.follows()),
+            _ => false,
+        }
+    }
+
+    /// When [`Connection::advance`] has to be called at the latest; monotonic nanoseconds.
+    #[must_use]
+    pub fn deadline(&self) -> Option<u64> {
+        let stall = (!self.tx.is_empty()).then(|| self.tx_progress_ns.saturating_add(STALL_TIMEOUT_NS));
+        let own = match &self.state {
+            // The clock of a request that waits for its turn starts when that comes.
+            State::Head { .. } if !self.tx.is_empty() => None,
+            State::Head { idle_ns, first_byte_ns } => Some(match first_byte_ns {
+                Some(first) => first.saturating_add(REQUEST_TIMEOUT_NS),
+                None => idle_ns.saturating_add(IDLE_TIMEOUT_NS),
+            }),
+            State::Body(incoming) => Some(incoming.since_ns.saturating_add(REQUEST_TIMEOUT_NS)),
+            State::Linger { left, since_ns, .. } if self.tx.is_empty() => {
+                let over = *left == Some(0) || self.peer_closed;
+                Some(if over { *since_ns } else { self.linger_ends() })
+            }
+            _ => None,
+        };
+        own.into_iter().chain(stall).min()
+    }
+
+    /// Does all that can be done now: reads requests, has them answered, makes more of an answer.
+    pub fn advance(&mut self, api: &mut Api, node: &mut dyn Node, now: Clock) {
+        let was_empty = self.tx.is_empty();
+        self.check_timers(now);
+        while self.step(api, node, now) {}
+        if was_empty && !self.tx.is_empty() {
+            self.tx_progress_ns = now.monotonic_ns;
+        }
+        // An idle connection keeps no memory.
+        if self.rx.is_empty() {
+            self.rx = Vec::new();
+        }
+        if self.tx.is_empty() {
+            self.tx = Vec::new();
+        }
+    }
+
+    fn check_timers(&mut self, now: Clock) {
+        let late = |since: u64, limit: u64| now.monotonic_ns >= since.saturating_add(limit);
+        if !self.tx.is_empty() {
+            if late(self.tx_progress_ns, STALL_TIMEOUT_NS) {
+                self.abort();
+            }
+            if !matches!(self.state, State::Body(_)) {
+                return;
+            }
+        }
+        match &self.state {
+            State::Head { first_byte_ns: Some(first), .. } if late(*first, REQUEST_TIMEOUT_NS) => {
+                let message = "the request's head did not arrive within 30 s";
+                self.refuse(&ApiError::new(ErrorCode::RequestTimeout, message), true, None, now);
+            }
+            State::Head { first_byte_ns: None, idle_ns } if late(*idle_ns, IDLE_TIMEOUT_NS) => {
+                self.state = State::Close;
+            }
+            State::Body(incoming) if late(incoming.since_ns, REQUEST_TIMEOUT_NS) => {
+                let message = "the request's body did not arrive within 30 s of its head";
+                let is_1_1 = incoming.head.is_1_1;
+                self.refuse(&ApiError::new(ErrorCode::RequestTimeout, message), is_1_1, None, now);
+            }
+            State::Linger { left, discarded, .. } => {
+                let over = *left == Some(0) || *discarded > LINGER_BYTES || self.peer_closed;
+                if over || now.monotonic_ns >= self.linger_ends() {
+                    self.state = State::Close;
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// When a peer has had the time to read why it was refused.
+    fn linger_ends(&self) -> u64 {
+        let State::Linger { quiet_ns, since_ns, .. } = self.state else { return 0 };
+        let quiet_ns = quiet_ns.max(self.tx_progress_ns);
+        quiet_ns.saturating_add(LINGER_QUIET_NS).min(since_ns.saturating_add(LINGER_NS))
+    }
+
+    fn abort(&mut self) {
+        self.state = State::Abort;
+        self.rx = Vec::new();
+        self.tx = Vec::new();
+        self.tx_sent = 0;
+    }
+
+    /// One step; false when there is nothing to do before something comes or goes.
+    fn step(&mut self, api: &mut Api, node: &mut dyn Node, now: Clock) -> bool {
+        match &self.state {
+            State::Head { .. } => self.tx.is_empty() && self.read_head(api, node, now),
+            State::Body(_) => self.read_body(api, node, now),
+            State::Answer(_) => self.write_body(api, now),
+            State::Linger { .. } | State::Close | State::Abort => false,
+        }
+    }
+
+    fn read_head(&mut self, api: &mut Api, node: &mut dyn Node, now: Clock) -> bool {
+        if self.rx.is_empty() {
+            if self.peer_closed {
+                self.state = State::Close;
+            }
+            return false;
+        }
+        let (head, len) = match request::parse(&self.rx) {
+            Ok(Some(parsed)) => parsed,
+            Ok(None) if self.rx.len() >= MAX_HEAD => {
+                let message = format!("the request's line and headers have more than {MAX_HEAD} bytes");
+                self.refuse(&ApiError::new(ErrorCode::HeadTooLarge, message), true, None, now);
+                return true;
+            }
+            Ok(None) if self.peer_closed => {
+                let message = "the connection was closed in the middle of a request's head";
+                self.refuse(&ApiError::new(ErrorCode::MalformedRequest, message), true, None, now);
+                return true;
+            }
+            Ok(None) => {
+                if let State::Head { first_byte_ns, .. } = &mut self.state {
+                    first_byte_ns.get_or_insert(now.monotonic_ns);
+                }
+                return false;
+            }
+            Err(error) => {
+                self.refuse(&error, true, None, now);
+                return true;
+            }
+        };
+        self.rx.drain(..len.min(self.rx.len()));
+        let (limit, is_1_1) = (api.config.limits.body_bytes, head.is_1_1);
+        let route = router::admit(api, &head).and_then(|route| match head.body {
+            BodyLength::Known(len) if len > limit as u64 => Err(too_large(limit)),
+            _ => Ok(route),
+        });
+        match (route, head.body) {
+            (Ok(route), BodyLength::Known(0)) => self.answer(api, node, &head, &route, &[], now),
+            (Err(error), BodyLength::Known(0)) => {
+                let after = if head.keep_alive { After::NextRequest } else { After::Close };
+                self.send(Response::error(&error), &head, after, now);
+            }
+            (Ok(route), length) => {
+                let coding = match length {
+                    BodyLength::Known(len) => Coding::Left(len),
+                    BodyLength::Chunked => Coding::Chunked(chunked::Decoder::new()),
+                };
+                if head.expects_continue && self.rx.is_empty() {
+                    self.tx.extend_from_slice(b"HTTP/1.1 100 Continue\r\n\r\n");
+                    self.tx_progress_ns = now.monotonic_ns;
+                }
+                let (body, share) = (Vec::new(), api.bodies.share());
+                let incoming = Incoming { head, route, coding, body, share, since_ns: now.monotonic_ns };
+                self.state = State::Body(Box::new(incoming));
+            }
+            (Err(error), length) => {
+                let left = match length {
+                    BodyLength::Known(len) => Some(len.saturating_sub(self.rx.len() as u64)),
+                    BodyLength::Chunked => None,
+                };
+                self.refuse(&error, is_1_1, left, now);
+            }
+        }
+        true
+    }
+
+    fn read_body(&mut self, api: &mut Api, node: &mut dyn Node, now: Clock) -> bool {
+        let State::Body(incoming) = &mut self.state else { return false };
+        let limit = api.config.limits.body_bytes;
+        let mut used = 0_usize;
+        let result = loop {
+            let rest = self.rx.get(used..).unwrap_or_default();
+            match incoming.take(rest, limit) {
+                Ok(0) => break Ok(incoming.is_done()),
+                Ok(taken) => used = used.saturating_add(taken),
+                Err(error) => break Err(error),
+            }
+        };
+        self.rx.drain(..used.min(self.rx.len()));
+        let is_1_1 = incoming.head.is_1_1;
+        match result {
+            Ok(true) => {
+                let idle = State::Head { idle_ns: now.monotonic_ns, first_byte_ns: None };
+                if let State::Body(incoming) = core::mem::replace(&mut self.state, idle) {
+                    self.answer(api, node, &incoming.head, &incoming.route, &incoming.body, now);
+                }
+                true
+            }
+            Ok(false) if self.peer_closed => {
+                let message = "the connection was closed in the middle of a request's body";
+                self.refuse(&ApiError::new(ErrorCode::MalformedRequest, message), is_1_1, None, now);
+                true
+            }
+            Ok(false) => false,
+            Err(error) => {
+                self.refuse(&error, is_1_1, None, now);
+                true
+            }
+        }
+    }
+
+    /// Has a request answered that is all there.
+    fn answer(
+        &mut self,
+        api: &mut Api,
+        node: &mut dyn Node,
+        head: &Head,
+        route: &Route,
+        body: &[u8],
+        now: Clock,
+    ) {
+        let mut response = match router::handle(api, node, head, route, body, now) {
+            Ok(response) => response,
+            Err(error) => Response::error(&error),
+        };
+        if let Body::Bytes(bytes, share) = &mut response.body {
+            match api.answers.take(bytes.len()) {
+                Some(taken) => *share = Some(taken),
+                // A small answer is always given: it says what is wrong.
+                None if bytes.len() <= TX_CHUNK => {}
+                None => response = Response::error(&overloaded()),
+            }
+        }
+        let after = if head.keep_alive { After::NextRequest } else { After::Close };
+        self.send(response, head, after, now);
+    }
+
+    fn send(&mut self, response: Response, head: &Head, after: After, now: Clock) {
+        let framing = response.framing(head.is_1_1);
+        let after = match (framing, after) {
+            (Framing::UntilClose, After::NextRequest) => After::Close,
+            (_, after) => after,
+        };
+        response.write_head(&mut self.tx, head.is_1_1, after == After::NextRequest, now);
+        // To HEAD, an answer is its head (RFC 9110, 9.3.2).
+        let (body, framing) = if head.method == Method::Head {
+            (Body::None, Framing::Length)
+        } else {
+            (response.body, framing)
+        };
+        self.state = State::Answer(Box::new(Outgoing { body, sent: 0, framing, after }));
+    }
+
+    /// Answers a request that cannot be read to its end, and closes.
+    fn refuse(&mut self, error: &ApiError, is_1_1: bool, left: Option<u64>, now: Clock) {
+        self.rx = Vec::new();
+        let response = Response::error(error);
+        response.write_head(&mut self.tx, is_1_1, false, now);
+        let after = After::Linger(left);
+        let outgoing = Outgoing { body: response.body, sent: 0, framing: Framing::Length, after };
+        self.state = State::Answer(Box::new(outgoing));
+    }
+
+    fn write_body(&mut self, api: &mut Api, now: Clock) -> bool {
+        let State::Answer(answer) = &mut self.state else { return false };
+        if self.tx_sent > 0 {
+            self.tx.drain(..self.tx_sent);
+            self.tx_sent = 0;
+        }
+        let room = TX_CHUNK.saturating_sub(self.tx.len());
+        let bytes: &[u8] = match &mut answer.body {
+            Body::None => &[],
+            Body::Static(bytes) => bytes,
+            Body::Bytes(bytes, _) => bytes,
+            Body::Log(reader, _) => {
+                let overhead = if answer.framing == Framing::Chunked { CHUNK_OVERHEAD } else { 0 };
+                let room = room.saturating_sub(overhead);
+                if room < MIN_ROOM {
+                    return false;
+                }
+                let start = self.tx.len();
+                if answer.framing == Framing::Chunked {
+                    self.tx.extend_from_slice(b"0000\r\n");
+                }
+                let content = self.tx.len();
+                let state = api.jobs.read_log(reader, &mut self.tx, room, now);
+                let len = self.tx.len().saturating_sub(content);
+                if len == 0 {
+                    self.tx.truncate(start);
+                } else if answer.framing == Framing::Chunked {
+                    if let Some(size) = self.tx.get_mut(start..start.saturating_add(4)) {
+                        size.copy_from_slice(format!("{len:04x}").as_bytes());
+                    }
+                    self.tx.extend_from_slice(b"\r\n");
+                }
+                match state {
+                    ReadState::More => return len > 0,
+                    ReadState::Waiting => return false,
+                    // Closing without the last chunk, or short of the promised length, tells the peer that more is missing.
+                    ReadState::Lost => {
+                        self.state = State::Close;
+                        return false;
+                    }
+                    ReadState::Done => {}
+                }
+                if answer.framing == Framing::Chunked {
+                    self.tx.extend_from_slice(b"0\r\n\r\n");
+                }
+                &[]
+            }
+        };
+        let rest = bytes.get(answer.sent..).unwrap_or_default();
+        let part = rest.get(..room).unwrap_or(rest);
+        self.tx.extend_from_slice(part);
+        answer.sent = answer.sent.saturating_add(part.len());
+        if answer.sent < bytes.len() {
+            return false;
+        }
+        let (idle_ns, since_ns) = (now.monotonic_ns, now.monotonic_ns);
+        self.state = match answer.after {
+            After::NextRequest => State::Head { idle_ns, first_byte_ns: None },
+            After::Close => State::Close,
+            After::Linger(left) => State::Linger { left, discarded: 0, quiet_ns: since_ns, since_ns },
+        };
+        true
+    }
+}
+
+impl Incoming {
+    /// Takes what `rest` has of the body: how many bytes of it, 0 when nothing more can be taken.
+    fn take(&mut self, rest: &[u8], limit: usize) -> Result<usize, ApiError> {
+        let (used, data) = match &mut self.coding {
+            Coding::Left(left) => {
+                let wanted = usize::try_from(*left).unwrap_or(usize::MAX);
+                let data = rest.get(..wanted).unwrap_or(rest);
+                *left = left.saturating_sub(data.len() as u64);
+                (data.len(), data)
+            }
+            Coding::Chunked(decoder) => decoder.decode(rest).map_err(|error| {
+                ApiError::new(ErrorCode::MalformedRequest, format!("the body is not in chunks: {}", error.0))
+            })?,
+        };
+        let len = self.body.len().saturating_add(data.len());
+        if len > limit {
+            return Err(too_large(limit));
+        }
+        if len > self.body.capacity() {
+            let capacity = len.checked_next_power_of_two().unwrap_or(len).clamp(1024, limit.max(1024));
+            if !self.share.grow(capacity.saturating_sub(self.body.capacity())) {
+                return Err(overloaded());
+            }
+            self.body.reserve_exact(capacity.saturating_sub(self.body.len()));
+        }
+        self.body.extend_from_slice(data);
+        Ok(used)
+    }
+
+    fn is_done(&self) -> bool {
+        match &self.coding {
+            Coding::Left(left) => *left == 0,
+            Coding::Chunked(decoder) => decoder.is_done(),
+        }
+    }
+}
+
+fn too_large(limit: usize) -> ApiError {
+    ApiError::new(ErrorCode::BodyTooLarge, format!("a request's body may have {limit} bytes at most"))
+}
+
+fn overloaded() -> ApiError {
+    let message =
+        "more requests and answers are under way than this node has memory for; try again in a moment";
+    ApiError::new(ErrorCode::Overloaded, message).with_header("Retry-After", "1")
+}
