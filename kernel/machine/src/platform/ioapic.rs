@@ -91,7 +91,7 @@ impl IoApic {
         let mut again = None;
         for pin in &mut self.pins {
             if pin.entry & (LEVEL | REMOTE_IRR) == LEVEL | REMOTE_IRR
-                && pin.entry & VECTOR_MASK == vector.0 as u64
+                && pin.entry & VECTOR_MASK == u64::from(vector.0)
             {
                 pin.entry &= !REMOTE_IRR;
                 again = pin.service_level().or(again);
@@ -103,7 +103,7 @@ impl IoApic {
     /// Reads the 32-bit register at `offset` in the page.
     pub(super) fn read(&self, offset: u64) -> u32 {
         match offset {
-            REGISTER_SELECT => self.select as u32,
+            REGISTER_SELECT => self.select.into(),
             REGISTER_WINDOW => match self.select {
                 INDEX_ID | INDEX_ARBITRATION => self.id,
                 INDEX_VERSION => VERSION | (PINS as u32 - 1) << 16,
@@ -127,7 +127,7 @@ impl IoApic {
                 let pin = self.pins.get_mut(Self::pin_of(index))?;
                 let (shift, half) = if index & 1 == 0 { (0, 0xFFFF_FFFF) } else { (32, 0xFFFF_FFFF << 32) };
                 let writable = WRITABLE & half;
-                pin.entry = (pin.entry & !writable) | ((value as u64) << shift & writable);
+                pin.entry = (pin.entry & !writable) | (u64::from(value) << shift & writable);
                 if pin.entry & LEVEL == 0 {
                     pin.entry &= !REMOTE_IRR;
                 }
@@ -149,17 +149,17 @@ mod tests {
     use super::*;
 
     fn set_entry(ioapic: &mut IoApic, pin: u8, entry: u64) -> Option<MsiMessage> {
-        ioapic.write(REGISTER_SELECT, (0x11 + 2 * pin) as u32);
+        ioapic.write(REGISTER_SELECT, u32::from(0x11 + 2 * pin));
         let high = ioapic.write(REGISTER_WINDOW, (entry >> 32) as u32);
-        ioapic.write(REGISTER_SELECT, (0x10 + 2 * pin) as u32);
+        ioapic.write(REGISTER_SELECT, u32::from(0x10 + 2 * pin));
         ioapic.write(REGISTER_WINDOW, entry as u32).or(high)
     }
 
     fn entry(ioapic: &mut IoApic, pin: u8) -> u64 {
-        ioapic.write(REGISTER_SELECT, (0x10 + 2 * pin) as u32);
-        let low = ioapic.read(REGISTER_WINDOW) as u64;
-        ioapic.write(REGISTER_SELECT, (0x11 + 2 * pin) as u32);
-        low | (ioapic.read(REGISTER_WINDOW) as u64) << 32
+        ioapic.write(REGISTER_SELECT, u32::from(0x10 + 2 * pin));
+        let low = u64::from(ioapic.read(REGISTER_WINDOW));
+        ioapic.write(REGISTER_SELECT, u32::from(0x11 + 2 * pin));
+        low | u64::from(ioapic.read(REGISTER_WINDOW)) << 32
     }
 
     #[test]

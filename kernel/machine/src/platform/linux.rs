@@ -315,7 +315,7 @@ fn memory_map(ram_bytes: u64) -> Vec<(u64, u64, u32)> {
     let mut map = vec![
         (0, CONVENTIONAL_END, e820::RAM),
         (layout::ACPI_TABLES, ONE_MIB, e820::ACPI),
-        (ONE_MIB, ram_end.min(layout::LOW_RAM_END).max(ONE_MIB), e820::RAM),
+        (ONE_MIB, ram_end.clamp(ONE_MIB, layout::LOW_RAM_END), e820::RAM),
         (layout::ECAM_BASE, layout::ECAM_BASE + layout::ECAM_SIZE, e820::RESERVED),
     ];
     if let Some(high) = ram_end.checked_sub(layout::LOW_RAM_END).filter(|&high| high > 0) {
@@ -334,7 +334,7 @@ fn write_page_tables(memory: &mut dyn GuestMemory) -> Result<(), MemoryError> {
     let directories = pointers + PAGE;
     memory.write(GuestPhysAddr(root), &(pointers | PRESENT_WRITABLE).to_le_bytes())?;
     let entries: Vec<u8> = (0..DIRECTORIES)
-        .flat_map(|index| (directories + index * PAGE | PRESENT_WRITABLE).to_le_bytes())
+        .flat_map(|index| ((directories + index * PAGE) | PRESENT_WRITABLE).to_le_bytes())
         .collect();
     memory.write(GuestPhysAddr(pointers), &entries)?;
     let entries: Vec<u8> = (0..DIRECTORIES * 512)

@@ -8,7 +8,9 @@ mod cmos;
 mod console;
 mod ioapic;
 pub mod linux;
+mod msix;
 mod outbox;
+mod pci;
 mod power;
 mod serial;
 #[cfg(test)]
@@ -28,10 +30,17 @@ pub use virtio::{VsockHost, VsockState};
 use cmos::Cmos;
 use ioapic::IoApic;
 use outbox::Outbox;
+use pci::{ConfigSpace, Function, Identity, Space};
 use serial::Serial;
+use virtio::rng::Rng;
+use virtio::transport::{IO_BAR_BYTES, MSIX_BAR_BYTES, VirtioPci};
+use virtio::vsock::Vsock;
 
 const UART_LAST_PORT: u16 = layout::UART_PORT + 7;
 const IOAPIC_BYTES: u64 = 4096;
+/// What other small hypervisors' host bridges call themselves.
+const HOST_BRIDGE: Identity =
+    Identity { id: (0x8086, 0x0D57), subsystem: (0, 0), revision: 0, class: [0x06, 0x00, 0x00] };
 
 /// A source of random bytes for the guest.
 pub trait Entropy {
@@ -77,7 +86,9 @@ impl fmt::Display for MachineEnd {
 /// A machine's devices.
 #[derive(Debug)]
 pub struct Platform {
-    vsock: VsockHost,
+    host_bridge: ConfigSpace,
+    vsock: VirtioPci<Vsock>,
+    rng: VirtioPci<Rng>,
     serial: Serial,
     cmos: Cmos,
     ioapic: IoApic,
@@ -88,8 +99,13 @@ pub struct Platform {
 impl Platform {
     /// The devices of a machine that has just been switched on.
     pub fn new(config: PlatformConfig) -> Self {
+        // PCI devices 1 and 2, whose BARs are placed behind each other.
+        let io = |slot: u16| layout::PCI_IO_BASE + slot * IO_BAR_BYTES as u16;
+        let memory = |slot: u32| layout::PCI_MMIO_BASE as u32 + slot * MSIX_BAR_BYTES;
         Self {
-            vsock: VsockHost::new(config.guest_cid),
+            host_bridge: ConfigSpace::new(&HOST_BRIDGE),
+            vsock: VirtioPci::new(Vsock::new(config.guest_cid), io(1), memory(1)),
+            rng: VirtioPci::new(Rng::default(), io(2), memory(2)),
             serial: Serial::default(),
             cmos: Cmos::default(),
             ioapic: IoApic::default(),
@@ -100,6 +116,9 @@ impl Platform {
 
     /// The guest reads `width` (1, 2 or 4) bytes from `port`. Unknown ports read all ones.
     pub fn pio_read(&mut self, port: u16, width: u8) -> u32 {
+        if let Some((function, bar, offset)) = self.find_bar(Space::Io, port.into()) {
+            return function.bar_read(bar, offset, width) as u32;
+        }
         // The rest are byte-wide devices: a wider access is one access a byte.
         let mut value = 0;
         for index in 0..width.min(4) {
@@ -110,8 +129,55 @@ impl Platform {
 
     /// The guest writes `width` (1, 2 or 4) bytes to `port`. Unknown ports ignore writes.
     pub fn pio_write(&mut self, port: u16, width: u8, value: u32) {
+        if self.write_bar(Space::Io, port.into(), width, value.into()) {
+            return;
+        }
         for index in 0..width.min(4) {
             self.write_byte_port(port.wrapping_add(index.into()), (value >> (8 * index)) as u8);
+        }
+    }
+
+    /// The PCI function that decodes `address`, with the BAR and the offset in it.
+    fn find_bar(&mut self, space: Space, address: u32) -> Option<(&mut dyn Function, usize, u32)> {
+        let functions: [&mut dyn Function; 2] = [&mut self.vsock, &mut self.rng];
+        functions.into_iter().find_map(|function| {
+            let (bar, offset) = function.decode(space, address)?;
+            Some((function, bar, offset))
+        })
+    }
+
+    /// Writes to the PCI function that decodes `address`; returns whether one does.
+    fn write_bar(&mut self, space: Space, address: u32, width: u8, value: u64) -> bool {
+        let mut out = core::mem::take(&mut self.interrupts);
+        let found = self.find_bar(space, address);
+        let decoded =
+            found.map(|(function, bar, offset)| function.bar_write(bar, offset, width, value, &mut out));
+        self.interrupts = out;
+        if decoded.is_some() {
+            self.notice_faults();
+        }
+        decoded.is_some()
+    }
+
+    /// The PCI function at `offset` in ECAM, and the register in its configuration space.
+    fn function_at(&mut self, offset: u64) -> Option<(&mut dyn Function, usize)> {
+        let register = (offset & 0xFFF) as usize;
+        let function: &mut dyn Function = match offset >> 12 {
+            // Bits 3-7 are the device, 0-2 the function.
+            0x00 => &mut self.host_bridge,
+            0x08 => &mut self.vsock,
+            0x10 => &mut self.rng,
+            _ => return None,
+        };
+        Some((function, register))
+    }
+
+    fn notice_faults(&mut self) {
+        let functions: [&dyn Function; 2] = [&self.vsock, &self.rng];
+        let fault = functions.into_iter().find_map(Function::fault);
+        let fault = fault.map(|(device, reason)| MachineEnd::DeviceFault { device, reason: reason.into() });
+        if self.end.is_none() {
+            self.end = fault;
         }
     }
 
@@ -151,29 +217,57 @@ impl Platform {
     /// The guest reads `width` (1, 2, 4 or 8) bytes at an address that is not RAM. The local APIC's page is not the platform's.
     /// Unknown addresses read all ones.
     pub fn mmio_read(&mut self, at: GuestPhysAddr, width: u8) -> u64 {
+        if let Some(offset) = offset_in(at, layout::ECAM_BASE, layout::ECAM_SIZE) {
+            return match self.function_at(offset) {
+                // A quadword is two dwords.
+                Some((function, register)) if width == 8 => {
+                    let low = function.config_read(register, 4);
+                    u64::from(low) | u64::from(function.config_read(register + 4, 4)) << 32
+                }
+                Some((function, register)) => function.config_read(register, width).into(),
+                None => ones(width),
+            };
+        }
         if let Some(offset) = offset_in(at, layout::IOAPIC_BASE, IOAPIC_BYTES) {
             let register = u64::from(self.ioapic.read(offset & !3));
             return (register >> (8 * (offset & 3))) & ones(width);
         }
-        ones(width)
+        let bar = u32::try_from(at.0).ok().and_then(|address| self.find_bar(Space::Memory, address));
+        bar.map_or(ones(width), |(function, bar, offset)| function.bar_read(bar, offset, width))
     }
 
     /// The guest writes `width` (1, 2, 4 or 8) bytes at an address that is not RAM. Unknown addresses ignore writes.
     pub fn mmio_write(&mut self, at: GuestPhysAddr, width: u8, value: u64) {
-        if let Some(offset) = offset_in(at, layout::IOAPIC_BASE, IOAPIC_BYTES)
-            && let Some(message) = self.ioapic.write(offset, (value & ones(width)) as u32)
-        {
-            self.interrupts.send(message);
+        if let Some(offset) = offset_in(at, layout::ECAM_BASE, layout::ECAM_SIZE) {
+            let mut out = core::mem::take(&mut self.interrupts);
+            if let Some((function, register)) = self.function_at(offset) {
+                function.config_write(register, width.min(4), value as u32, &mut out);
+                if width == 8 {
+                    function.config_write(register + 4, 4, (value >> 32) as u32, &mut out);
+                }
+            }
+            self.interrupts = out;
+            self.notice_faults();
+        } else if let Some(offset) = offset_in(at, layout::IOAPIC_BASE, IOAPIC_BYTES) {
+            if let Some(message) = self.ioapic.write(offset, (value & ones(width)) as u32) {
+                self.interrupts.send(message);
+            }
+        } else if let Ok(address) = u32::try_from(at.0) {
+            self.write_bar(Space::Memory, address, width, value);
         }
     }
 
     /// Whether [`Self::poll`] has something to do.
     pub fn needs_poll(&self) -> bool {
-        false
+        self.vsock.has_work() || self.rng.has_work()
     }
 
     /// Works on the queues the guest has filled, and moves bytes the host has for the guest. Cheap when there is nothing to do.
-    pub fn poll(&mut self, _memory: &mut dyn GuestMemory, _entropy: &mut dyn Entropy) {}
+    pub fn poll(&mut self, memory: &mut dyn GuestMemory, entropy: &mut dyn Entropy) {
+        self.vsock.work(memory, entropy, &mut self.interrupts);
+        self.rng.work(memory, entropy, &mut self.interrupts);
+        self.notice_faults();
+    }
 
     /// The next interrupt message to deliver to a local APIC: from MSI-X or the I/O APIC.
     pub fn take_interrupt(&mut self) -> Option<MsiMessage> {
@@ -194,7 +288,7 @@ impl Platform {
 
     /// The host's end of the machine's vsock connection.
     pub fn vsock(&mut self) -> &mut VsockHost {
-        &mut self.vsock
+        &mut self.vsock.device.host
     }
 
     /// What the machine last printed on its serial port.

@@ -1,5 +1,9 @@
 //! Virtio devices on PCI.
 
 mod connection;
+mod queue;
+pub(super) mod rng;
+pub(super) mod transport;
+pub(super) mod vsock;
 
 pub use connection::{AGENT_PORT, HOST_CID, RECEIVE_BUFFER_BYTES, SEND_BUFFER_BYTES, VsockHost, VsockState};
