@@ -6,8 +6,8 @@
 
 mod agent;
 mod bundle;
-mod modules;
-mod packages;
+pub(crate) mod modules;
+pub(crate) mod packages;
 mod recipe;
 
 use std::fs;

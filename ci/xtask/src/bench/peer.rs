@@ -7,7 +7,9 @@ use super::machine::Machine;
 use super::rows::Samples;
 use crate::build::workspace_root;
 use crate::cpio::Archive;
-use crate::process::{output, run};
+use crate::image::modules::Modules;
+use crate::image::packages::{resolve, unpack};
+use crate::process::output;
 use anyhow::{Context, Result, bail};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -50,7 +52,7 @@ poweroff -f
 const L2_INIT: &str = "#!/bin/sh\necho READY\npoweroff -f\n";
 
 /// What L1 loads, after what these depend on.
-const MODULES: [&str; 3] = ["virtio_pci", "virtio_blk", "kvm-amd"];
+const MODULES: [&str; 3] = ["virtio_pci", "virtio_blk", "kvm_amd"];
 
 impl Peer {
     /// Builds the peer from Debian packages, unless it stands.
@@ -61,29 +63,30 @@ impl Peer {
             initramfs: folder.join("l1.cpio"),
             disk: folder.join("l1-disk.cpio"),
         };
-        let recipe = format!(
-            "{L1_INIT}{L2_INIT}{MODULES:?}{}",
-            output(Command::new("qemu-system-x86_64").arg("--version"))?
-        );
+        let (kernel, shell) = (resolve("linux-image-cloud-amd64")?, resolve("busybox-static")?);
+        let qemu = output(Command::new("qemu-system-x86_64").arg("--version"))?;
+        let recipe = format!("{L1_INIT}{L2_INIT}{MODULES:?}\n{} {}\n{qemu}", kernel.sha256, shell.sha256);
         let stamp = folder.join("recipe");
         if fs::read_to_string(&stamp).is_ok_and(|built| built == recipe) {
             return Ok(peer);
         }
         eprintln!("bench: building the peer (a Linux L1 with KVM and QEMU) from Debian packages");
         fs::create_dir_all(&folder)?;
-        let root = unpack(&folder)?;
-        let release = single(&root.join("boot"), "vmlinuz-")?;
-        fs::copy(&release, &peer.kernel)?;
+        // The guest images' packages, downloaded once for both.
+        let cache = workspace_root().join("target/images/cache");
+        let (kernel, shell) = (unpack(&kernel, &cache)?, unpack(&shell, &cache)?);
+        fs::copy(single(&kernel.join("boot"), "vmlinuz-")?, &peer.kernel)?;
 
-        let mut l1 = busybox(&root)?;
+        let mut l1 = busybox(&shell)?;
         let mut loaded = Vec::new();
-        for name in MODULES {
-            add_module(&mut l1, &mut loaded, &root.join("lib/modules"), name)?;
+        for module in Modules::find(&kernel)?.closure(&MODULES.map(str::to_owned))? {
+            l1.file(&format!("modules/{}.ko", module.name), module.contents, false);
+            loaded.push(module.name);
         }
         l1.file("init", L1_INIT.replace("MODULES", &loaded.join(" ")), true);
         fs::write(&peer.initramfs, l1.finish())?;
 
-        let mut l2 = busybox(&root)?;
+        let mut l2 = busybox(&shell)?;
         l2.file("init", L2_INIT, true);
         fs::write(&peer.disk, vmm(&peer.kernel, &l2.finish())?.finish())?;
         fs::write(&stamp, recipe)?;
@@ -136,26 +139,6 @@ impl Peer {
     }
 }
 
-/// Downloads the packages and unpacks them; the folder that holds their files.
-fn unpack(folder: &Path) -> Result<PathBuf> {
-    let (cache, root) = (folder.join("packages"), folder.join("root"));
-    let _ = fs::remove_dir_all(&root);
-    let _ = fs::remove_dir_all(&cache);
-    fs::create_dir_all(&cache)?;
-    let depends = output(Command::new("apt-cache").args(["depends", "linux-image-cloud-amd64"]))?;
-    let kernel = depends
-        .lines()
-        .find_map(|line| {
-            line.trim().strip_prefix("Depends: ").filter(|name| name.starts_with("linux-image-"))
-        })
-        .context("apt-cache knows no linux-image-cloud-amd64; run `apt-get update`")?;
-    run(Command::new("apt-get").args(["-q", "download", kernel, "busybox-static"]).current_dir(&cache))?;
-    for package in fs::read_dir(&cache)? {
-        run(Command::new("dpkg-deb").arg("-x").arg(package?.path()).arg(&root))?;
-    }
-    Ok(root)
-}
-
 /// The one file of `folder` whose name starts with `start`.
 fn single(folder: &Path, start: &str) -> Result<PathBuf> {
     for entry in fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))? {
@@ -165,41 +148,6 @@ fn single(folder: &Path, start: &str) -> Result<PathBuf> {
         }
     }
     bail!("{} holds no {start}*", folder.display())
-}
-
-/// Adds the module `name` to `archive` and to the end of `loaded`, after the modules it depends on.
-fn add_module(archive: &mut Archive, loaded: &mut Vec<String>, folder: &Path, name: &str) -> Result<()> {
-    if loaded.iter().any(|other| other == name) {
-        return Ok(());
-    }
-    let file = find_file(folder, &format!("{name}.ko"))?
-        .with_context(|| format!("the kernel package has no module {name}"))?;
-    let contents = fs::read(&file)?;
-    // The .modinfo section holds NUL-terminated strings; this one lists names with commas.
-    let start =
-        contents.windows(9).position(|window| window == b"\0depends=").map_or(contents.len(), |at| at + 9);
-    let depends = contents[start..].split(|&byte| byte == 0).next().unwrap_or_default();
-    for other in String::from_utf8_lossy(depends).split(',').filter(|other| !other.is_empty()) {
-        add_module(archive, loaded, folder, other)?;
-    }
-    archive.file(&format!("modules/{name}.ko"), contents, false);
-    loaded.push(name.to_owned());
-    Ok(())
-}
-
-/// The file called `name` somewhere under `folder`.
-fn find_file(folder: &Path, name: &str) -> Result<Option<PathBuf>> {
-    for entry in fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))? {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            if let Some(found) = find_file(&entry.path(), name)? {
-                return Ok(Some(found));
-            }
-        } else if entry.file_name().to_str() == Some(name) {
-            return Ok(Some(entry.path()));
-        }
-    }
-    Ok(None)
 }
 
 /// An archive with busybox under the names that the scripts use, and the folders they mount on.
