@@ -13,9 +13,14 @@ mod hypervisor;
 mod memory;
 mod service;
 
+use alloc::boxed::Box;
+use alloc::vec::Vec;
 use boot::BootInfo;
 use drivers::acpi::Firmware;
-use hypervisor::Backend;
+use hypervisor::{Backend, Fleet, Svm};
+use memory::frames::FramePool;
+use service::Service;
+use service::entropy::RandomSource;
 use spin::Once;
 
 static FIRMWARE: Once<Firmware> = Once::new();
@@ -25,39 +30,57 @@ fn run(boot: &BootInfo, entry_tsc: u64) -> ! {
     cpu::descriptors::init();
     let frames = memory::init(boot).unwrap_or_else(|error| refuse(&error));
     cpu::apic::init();
-    match boot.rsdp.map(Firmware::read) {
-        Some(Ok(firmware)) => drop(FIRMWARE.call_once(|| firmware)),
-        Some(Err(error)) => log::warn!("no usable ACPI tables: {error}; one core, no power-off"),
-        None => log::warn!("the boot loader gave no ACPI root pointer; one core, no power-off"),
+    let firmware = find_firmware(boot);
+    let clock = cpu::clock::init(entry_tsc, firmware.pm_timer_port);
+    drivers::serial::set_level(boot.command_line.value("log"));
+    log::info!("nestling {}", env!("CARGO_PKG_VERSION"));
+    match drivers::rtc::unix_seconds() {
+        Some(seconds) => cpu::clock::set_unix_ns(seconds * 1_000_000_000),
+        None => log::warn!("no clock tells the date: times in answers start in 1970"),
     }
-    let clock = cpu::clock::init(entry_tsc, FIRMWARE.get().and_then(|firmware| firmware.pm_timer_port));
-    log::info!("nestling {} boots", env!("CARGO_PKG_VERSION"));
     let components = cpu::fpu::init().unwrap_or_else(|error| refuse(&error));
-    let backend = hypervisor::Svm::enable().unwrap_or_else(|error| refuse(&error));
-    let mut fleet = hypervisor::Fleet::new(
-        backend,
-        frames,
-        alloc::boxed::Box::new(service::entropy::RandomSource::gather(&[])),
-        components,
-    );
-    log::info!("clock {clock:?} {} kHz; {:?} frames", cpu::clock::khz(), fleet.frames());
-    let (images, problems) = service::images::load(&boot.modules);
-    log::info!("{problems:?} {}", images.len());
-    if let Some(level) = boot.command_line.value("log").and_then(|l| l.parse().ok()) {
-        log::set_max_level(level);
+    let backend = Svm::enable().unwrap_or_else(|refusal| refuse(&refusal));
+    report(firmware, clock, &frames, &backend);
+    let nic = drivers::nic::find(firmware);
+    let random = || RandomSource::gather(&[]);
+    let fleet = Fleet::new(backend, frames, Box::new(random()), components);
+    let service = Service::new(boot, nic, random()).unwrap_or_else(|error| refuse(&error));
+    serve(service, fleet)
+}
+
+/// The main loop: what came in is handled, then machines run until something else comes.
+fn serve<B: Backend>(mut service: Service<hypervisor::MachineId>, mut fleet: Fleet<B>) -> ! {
+    loop {
+        let deadline = service.poll(&mut fleet);
+        fleet.run(deadline);
     }
-    let image = nestling_machine::platform::linux::LinuxImage {
-        kernel: images[0].kernel,
-        initramfs: images[0].initramfs,
-        command_line: boot.command_line.value("l2").unwrap_or("panic=-1"),
+}
+
+fn find_firmware(boot: &BootInfo) -> &'static Firmware {
+    FIRMWARE.call_once(|| match boot.rsdp.map(Firmware::read) {
+        Some(Ok(firmware)) => firmware,
+        Some(Err(error)) => {
+            log::warn!("{error}: one core, no power-off");
+            Firmware::default()
+        }
+        None => {
+            log::warn!("the boot loader gave no ACPI root pointer: one core, no power-off");
+            Firmware::default()
+        }
+    })
+}
+
+fn report<B: Backend>(firmware: &Firmware, clock: cpu::clock::Source, frames: &FramePool, backend: &B) {
+    let (free, _) = frames.counts();
+    let total = memory::total_bytes() >> 20;
+    log::info!("memory: {total} MiB, {} MiB for machines", (free as u64 * memory::frames::SMALL_FRAME) >> 20);
+    let apic = if cpu::apic::is_x2apic() { "x2APIC" } else { "xAPIC" };
+    let (cores, khz) = (firmware.apic_ids.len().max(1), cpu::clock::khz());
+    log::info!("cores: {cores}, 1 in use, {apic}, TSC {}.{:03} MHz by {clock}", khz / 1000, khz % 1000);
+    let names = |there| {
+        backend.features().iter().filter(move |f| f.1 == there).map(|f| f.0).collect::<Vec<_>>().join(" ")
     };
-    let id = fleet.create(&image, 256).unwrap_or_else(|error| refuse(&error));
-    while fleet.end(id).is_none() && cpu::clock::now_ns() < 30_000_000_000 {
-        fleet.run(Some(cpu::clock::now_ns() + 1_000_000_000));
-        log::info!("{:?}", fleet.figures(id).map(|e| e.0.iter().collect::<alloc::vec::Vec<_>>()));
-    }
-    log::info!("{:?}", fleet.destroy(id));
-    power_off()
+    log::info!("{}: {}; missing: {}", B::VENDOR, names(true), names(false));
 }
 
 /// Says why the node cannot run, and powers off.

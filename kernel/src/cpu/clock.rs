@@ -5,6 +5,7 @@
 
 use super::{apic, features};
 use core::arch::x86_64::_rdtsc;
+use core::fmt;
 use core::sync::atomic::{AtomicU64, Ordering};
 use x86_64::instructions::port::Port;
 use x86_64::registers::model_specific::Msr;
@@ -32,6 +33,18 @@ pub enum Source {
     PmTimer,
     /// Measured against the PIT.
     Pit,
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::KvmClock => "kvm-clock",
+            Self::HypervisorLeaf => "the hypervisor's CPUID leaf",
+            Self::CrystalLeaf => "CPUID leaf 0x15",
+            Self::PmTimer => "the ACPI PM timer",
+            Self::Pit => "the PIT",
+        })
+    }
 }
 
 /// The time-stamp counter.

@@ -1,6 +1,7 @@
 //! One core: descriptor tables, exceptions, interrupts, the local APIC and the clock.
 
 pub mod apic;
+pub mod barriers;
 pub mod clock;
 pub mod descriptors;
 pub mod exceptions;

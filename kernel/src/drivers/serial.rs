@@ -71,6 +71,15 @@ pub fn init() {
     log::set_max_level(LevelFilter::Info);
 }
 
+/// Sets the log's level from the command line's `log=`.
+pub fn set_level(value: Option<&str>) {
+    let Some(value) = value else { return };
+    match value.parse() {
+        Ok(level) => log::set_max_level(level),
+        Err(_) => log::warn!("log={value} is unknown: give error, warn, info, debug or trace"),
+    }
+}
+
 /// Writes past the log's level and format: for dumps of a dying kernel.
 pub fn write_raw(arguments: fmt::Arguments<'_>) {
     // The port cannot fail.

@@ -162,6 +162,7 @@ impl<B: Backend> Machine<B> {
 
     /// Puts the machine's state on the core.
     pub fn load(&mut self) {
+        crate::cpu::barriers::between_machines();
         self.xsave.restore();
         crate::cpu::fpu::load_xcr0(self.vcpu.xcr0());
         self.hardware.load(self.vcpu.tsc_aux());

@@ -11,7 +11,7 @@ use nestling_machine::address::{GuestPhysAddr, GuestTsc, MsrIndex};
 use nestling_machine::layout::LAPIC_BASE;
 use nestling_machine::memory::{GuestMemory, MemoryError};
 use nestling_machine::platform::{Entropy, Platform, VsockState};
-use nestling_machine::state::{Exception, Gpr, VcpuState};
+use nestling_machine::state::{Gpr, VcpuState};
 use nestling_machine::vcpu::emulate::{self, Bus, Emulation, Stop};
 use nestling_machine::vcpu::{Lapic, MsrEffect};
 
@@ -179,6 +179,16 @@ impl<B: Backend> Machine<B> {
                     &mut RamView { ram: &mut self.ram, pool: node.pool },
                 ) {
                     Ok(length) => state.registers.rip.wrapping_add(u64::from(length)),
+                    Err(Stop::Unsupported { length: 0, .. }) => {
+                        state.registers.rip
+                            + if matches!(self.last_exit, Some(Exit::Hlt)) {
+                                1
+                            } else if matches!(self.last_exit, Some(Exit::Xsetbv)) {
+                                3
+                            } else {
+                                2
+                            }
+                    }
                     Err(stop) => return self.stop(stop),
                 }
             }

@@ -22,7 +22,18 @@ const PAT_RESET: u64 = 0x0007_0406_0007_0406;
 const DR6_RESET: u64 = 0xFFFF_0FF0;
 const DR7_RESET: u64 = 0x400;
 const DEBUG_EXCEPTION: u8 = 1;
+const NMI: u8 = 2;
 const ALIGNMENT_CHECK: u8 = 17;
+
+/// Where the guest stands with non-maskable interrupts, which processors without virtual NMI do not track: from delivery to the
+/// next IRET, which is intercepted for that, no second one is delivered (APM vol. 2, 15.21.10 and 8.1.2).
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Nmi {
+    None,
+    Pending,
+    Blocked,
+    BlockedAndPending,
+}
 
 /// A vCPU's VMCB and what the VMCB does not hold.
 pub struct SvmVcpu {
@@ -31,6 +42,7 @@ pub struct SvmVcpu {
     debug: [u64; 4],
     offered: Option<Vector>,
     accepted: Option<Vector>,
+    nmi: Nmi,
     nrip_save: bool,
     /// RIP after the exiting instruction, where this exit gave it.
     next_rip: Option<u64>,
@@ -52,6 +64,7 @@ impl SvmVcpu {
             debug: [0; 4],
             offered: None,
             accepted: None,
+            nmi: Nmi::None,
             nrip_save,
             next_rip: None,
             maps,
@@ -127,6 +140,23 @@ impl SvmVcpu {
         }
     }
 
+    /// Delivers a pending NMI when nothing stands before it.
+    fn deliver_nmi(&mut self) {
+        let b = self.block_mut();
+        if b.event_inject & vmcb::EVENT_VALID == 0 && b.interrupt_shadow & 1 == 0 {
+            b.event_inject = u64::from(NMI) | vmcb::EVENT_NMI << vmcb::EVENT_TYPE_SHIFT | vmcb::EVENT_VALID;
+            b.intercept1 |= intercept1::IRET;
+            self.nmi = Nmi::Blocked;
+        }
+    }
+
+    /// The guest is about to return from its NMI handler.
+    fn unblock_nmi(&mut self) -> Exit {
+        self.block_mut().intercept1 &= !intercept1::IRET;
+        self.nmi = if self.nmi == Nmi::BlockedAndPending { Nmi::Pending } else { Nmi::None };
+        Exit::InterruptWindow
+    }
+
     fn exit(&mut self) -> Exit {
         let b = self.block();
         // Some emulators extend the code's low half only.
@@ -137,6 +167,7 @@ impl SvmVcpu {
             exit_code::INTR => Exit::Interrupt,
             exit_code::NMI => Exit::Nmi,
             exit_code::VINTR => Exit::InterruptWindow,
+            exit_code::IRET => self.unblock_nmi(),
             exit_code::CPUID => Exit::Cpuid,
             exit_code::HLT => Exit::Hlt,
             exit_code::MSR if info1 == 0 => Exit::ReadMsr,
@@ -269,10 +300,10 @@ impl VendorVcpu for SvmVcpu {
     }
 
     fn inject_nmi(&mut self) {
-        let b = self.block_mut();
-        if b.event_inject & vmcb::EVENT_VALID == 0 {
-            b.event_inject = 2 | vmcb::EVENT_NMI << vmcb::EVENT_TYPE_SHIFT | vmcb::EVENT_VALID;
-        }
+        self.nmi = match self.nmi {
+            Nmi::None | Nmi::Pending => Nmi::Pending,
+            Nmi::Blocked | Nmi::BlockedAndPending => Nmi::BlockedAndPending,
+        };
     }
 
     fn offer_interrupt(&mut self, vector: Option<Vector>) {
@@ -328,6 +359,9 @@ impl VendorVcpu for SvmVcpu {
     }
 
     fn run(&mut self) -> Exit {
+        if self.nmi == Nmi::Pending {
+            self.deliver_nmi();
+        }
         let registers = self.registers;
         let b = self.block_mut();
         b.rax = registers.get(Gpr::Rax);

@@ -13,6 +13,7 @@ pub mod intercept1 {
     pub const INIT: u32 = 1 << 3;
     pub const RDPMC: u32 = 1 << 15;
     pub const CPUID: u32 = 1 << 18;
+    pub const IRET: u32 = 1 << 20;
     pub const INVD: u32 = 1 << 22;
     pub const HLT: u32 = 1 << 24;
     pub const INVLPGA: u32 = 1 << 26;
@@ -49,6 +50,7 @@ pub mod exit_code {
     pub const VINTR: u32 = 0x64;
     pub const RDPMC: u32 = 0x6F;
     pub const CPUID: u32 = 0x72;
+    pub const IRET: u32 = 0x74;
     pub const INVD: u32 = 0x76;
     pub const HLT: u32 = 0x78;
     pub const INVLPGA: u32 = 0x7A;

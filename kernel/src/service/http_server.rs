@@ -1,0 +1,201 @@
+//! The API's TCP side: listening, accepting, and carrying bytes between sockets and [`Connection`]s.
+//!
+//! HTTP itself, with its limits and timeouts, is nestling-api's. RFC 9293 (TCP) is smoltcp's. What is left is bookkeeping: a socket that listens
+//! becomes a connection, so another must be listening before the next frame is looked at, or a burst of clients would be refused.
+
+#![forbid(unsafe_code)]
+
+use alloc::boxed::Box;
+use alloc::vec;
+use alloc::vec::Vec;
+
+use nestling_api::http::Connection;
+use nestling_api::{Api, Clock, Node};
+use smoltcp::iface::{SocketHandle, SocketSet};
+use smoltcp::socket::tcp;
+use smoltcp::time::Duration;
+
+const SECOND: u64 = 1_000_000_000;
+/// Connections at once; more are refused until one ends.
+const MAX_CONNECTIONS: usize = 256;
+/// Sockets that listen while there is room.
+const LISTENERS: usize = 2;
+/// Buffers of a socket in bytes. What is sent is bounded by the buffer each round trip: 16 KiB at 10 ms are 1.6 MB/s.
+const RECEIVE_BUFFER: usize = 8 * 1024;
+const TRANSMIT_BUFFER: usize = 16 * 1024;
+/// A peer that answers nothing for this long is gone.
+const PEER_TIMEOUT: Duration = Duration::from_secs(60);
+/// A silent peer is asked this often whether it is still there.
+const KEEP_ALIVE: Duration = Duration::from_secs(20);
+/// How long a client may take to complete the handshake, or to close after us, before its place is given away.
+const HALF_OPEN_NS: u64 = 10 * SECOND;
+/// How long the last bytes of an answer may take to arrive after we have closed.
+const FLUSH_NS: u64 = 60 * SECOND;
+/// How long a connection we closed first is remembered for late segments.
+const LINGER_NS: u64 = SECOND;
+
+/// A socket with its connection.
+struct Slot {
+    socket: SocketHandle,
+    connection: Option<Box<Connection>>,
+    /// The socket's TCP state when last looked at, and since when it is in it.
+    state: tcp::State,
+    since: u64,
+    /// The client's end of data was passed on.
+    end_told: bool,
+}
+
+/// All connections of the node.
+pub struct HttpServer {
+    port: u16,
+    slots: Vec<Slot>,
+}
+
+impl HttpServer {
+    /// A server on a TCP port, listening.
+    #[must_use]
+    pub fn new(port: u16, sockets: &mut SocketSet<'static>) -> Self {
+        let mut server = Self { port, slots: Vec::new() };
+        server.listen(sockets, 0);
+        server
+    }
+
+    /// Makes sure that new connections find a socket that listens, while there is room.
+    pub fn listen(&mut self, sockets: &mut SocketSet<'static>, now: u64) {
+        let mut listening = 0;
+        for slot in &mut self.slots {
+            let state = sockets.get::<tcp::Socket<'_>>(slot.socket).state();
+            slot.observe(state, now);
+            listening += usize::from(state == tcp::State::Listen);
+        }
+        while listening < LISTENERS && self.slots.len() < MAX_CONNECTIONS {
+            let buffer = |bytes| tcp::SocketBuffer::new(vec![0; bytes]);
+            let mut socket = tcp::Socket::new(buffer(RECEIVE_BUFFER), buffer(TRANSMIT_BUFFER));
+            // Answers are written whole, so there is nothing to wait for.
+            socket.set_nagle_enabled(false);
+            socket.set_timeout(Some(PEER_TIMEOUT));
+            socket.set_keep_alive(Some(KEEP_ALIVE));
+            if socket.listen(self.port).is_err() {
+                log::error!("http: cannot listen on port {}", self.port);
+                return;
+            }
+            let socket = sockets.add(socket);
+            self.slots.push(Slot {
+                socket,
+                connection: None,
+                state: tcp::State::Listen,
+                since: now,
+                end_told: false,
+            });
+            listening += 1;
+        }
+    }
+
+    /// Carries bytes both ways and lets every connection go on.
+    pub fn poll(&mut self, sockets: &mut SocketSet<'static>, api: &mut Api, node: &mut dyn Node, now: Clock) {
+        self.slots.retain_mut(|slot| {
+            let socket = sockets.get_mut::<tcp::Socket<'_>>(slot.socket);
+            slot.observe(socket.state(), now.monotonic_ns);
+            slot.carry(socket, api, node, now);
+            slot.observe(socket.state(), now.monotonic_ns);
+            let keep = !slot.is_over(now.monotonic_ns);
+            if !keep {
+                // Dropping a socket that is not closed is silent; a peer that still sends is answered by a reset.
+                sockets.remove(slot.socket);
+            }
+            keep
+        });
+        self.listen(sockets, now.monotonic_ns);
+    }
+
+    /// When [`HttpServer::poll`] has to be called next, whatever arrives, in nanoseconds since boot.
+    #[must_use]
+    pub fn deadline(&self) -> Option<u64> {
+        self.slots.iter().filter_map(Slot::deadline).min()
+    }
+
+    /// Connections that are open now.
+    #[must_use]
+    pub fn connections(&self) -> usize {
+        self.slots.iter().filter(|slot| slot.connection.is_some()).count()
+    }
+}
+
+impl Slot {
+    fn observe(&mut self, state: tcp::State, now: u64) {
+        if state != self.state {
+            (self.state, self.since) = (state, now);
+        }
+    }
+
+    /// How long the socket may stay in its state.
+    fn patience(&self) -> Option<u64> {
+        match self.state {
+            tcp::State::TimeWait => Some(LINGER_NS),
+            tcp::State::SynReceived | tcp::State::FinWait2 => Some(HALF_OPEN_NS),
+            tcp::State::FinWait1 | tcp::State::Closing | tcp::State::LastAck => Some(FLUSH_NS),
+            _ => None,
+        }
+    }
+
+    fn is_over(&self, now: u64) -> bool {
+        let expired = self.patience().is_some_and(|patience| now >= self.since.saturating_add(patience));
+        expired || self.state == tcp::State::Closed
+    }
+
+    fn deadline(&self) -> Option<u64> {
+        let state = self.patience().map(|patience| self.since.saturating_add(patience));
+        let connection = self.connection.as_ref().and_then(|connection| connection.deadline());
+        state.into_iter().chain(connection).min()
+    }
+
+    fn carry(&mut self, socket: &mut tcp::Socket<'_>, api: &mut Api, node: &mut dyn Node, now: Clock) {
+        if self.connection.is_none() {
+            // The handshake is complete; a client may have sent and closed already.
+            if !matches!(self.state, tcp::State::Established | tcp::State::CloseWait) {
+                return;
+            }
+            self.connection = Some(Box::new(Connection::new(now)));
+        }
+        let Some(connection) = &mut self.connection else { return };
+        loop {
+            let mut progress = false;
+            while socket.can_recv() && connection.receive_capacity() > 0 {
+                let taken = socket.recv(|bytes| {
+                    let count = connection.receive(bytes, now);
+                    (count, count)
+                });
+                match taken {
+                    Ok(count) if count > 0 => progress = true,
+                    _ => break,
+                }
+            }
+            if !self.end_told && !socket.may_recv() && !socket.can_recv() {
+                self.end_told = true;
+                connection.receive_closed();
+                progress = true;
+            }
+            connection.advance(api, node, now);
+            while socket.can_send() && !connection.transmit().is_empty() {
+                match socket.send_slice(connection.transmit()) {
+                    Ok(count) if count > 0 => {
+                        connection.transmitted(count, now);
+                        progress = true;
+                    }
+                    _ => break,
+                }
+            }
+            if !progress {
+                break;
+            }
+        }
+        if connection.wants_abort() {
+            socket.abort();
+        } else if connection.wants_close() {
+            socket.close();
+        }
+        if !socket.is_active() {
+            self.connection = None;
+        }
+    }
+}

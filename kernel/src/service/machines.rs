@@ -1,0 +1,86 @@
+//! What the job engine needs of the hypervisor.
+
+#![forbid(unsafe_code)]
+
+use alloc::collections::BTreeMap;
+use alloc::string::String;
+
+use nestling_api::jobs::{MachineEnd, MachineReport};
+use nestling_api::types::{HostMemory, Vendor};
+use nestling_machine::platform::VsockHost;
+
+/// What a machine is made from.
+#[derive(Debug, Clone, Copy)]
+pub struct MachineSpec<'a> {
+    /// The kernel, a bzImage.
+    pub kernel: &'a [u8],
+    /// The initramfs.
+    pub initramfs: &'a [u8],
+    /// The kernel's command line.
+    pub command_line: &'a str,
+    /// Memory in MiB.
+    pub mem_size_mib: u32,
+    /// Virtual processors.
+    pub vcpu_count: u32,
+}
+
+/// Why there is no machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CreateError {
+    /// Not now: the node's memory or cores are in use by other machines.
+    Busy,
+    /// Never: what is wrong with the image or the size, for people.
+    Impossible(String),
+}
+
+/// What `GET /v1/host` tells of the processor and the machines on it.
+#[derive(Debug, Clone)]
+pub struct HypervisorReport {
+    /// Whose virtualization extensions are in use.
+    pub vendor: Vendor,
+    /// Processor features that are looked for, and whether they are there.
+    pub features: BTreeMap<String, bool>,
+    /// Cores in use.
+    pub cores: u32,
+    /// Memory of the node.
+    pub memory: HostMemory,
+    /// Exits of all machines since boot, by kind; the sum is added as `total`.
+    pub exits: BTreeMap<String, u64>,
+    /// The time-stamp counter's frequency in kHz.
+    pub tsc_khz: u64,
+}
+
+/// The machines of a node. They run between the calls of [`super::Service::poll`].
+pub trait Machines {
+    /// Names a machine that exists.
+    type Id: Copy;
+
+    /// Builds a machine and lets it run.
+    ///
+    /// # Errors
+    /// [`CreateError`].
+    fn create(&mut self, spec: &MachineSpec<'_>) -> Result<Self::Id, CreateError>;
+
+    /// The host's end of the machine's vsock. Bytes given to it or taken from it are moved when the machine runs next. `None` when
+    /// there is no such machine (any more).
+    fn vsock(&mut self, id: Self::Id) -> Option<&mut VsockHost>;
+
+    /// Whether and how the machine has ended.
+    fn ended(&self, id: Self::Id) -> Option<MachineEnd>;
+
+    /// Exits of the machine so far by kind, and the most MiB of memory it had at once.
+    fn figures(&self, id: Self::Id) -> (BTreeMap<String, u64>, Option<u64>);
+
+    /// Ends the machine, gives back all its memory, and tells what is known of it. The report's end is
+    /// [`MachineEnd::Destroyed`] for a machine that was still running.
+    fn destroy(&mut self, id: Self::Id) -> MachineReport;
+
+    /// Machines that may exist at once.
+    fn limit(&self) -> usize;
+
+    /// The largest machine this node can ever have, in MiB.
+    fn max_mem_size_mib(&self) -> u32;
+
+    /// Facts for `GET /v1/host`.
+    fn report(&self) -> HypervisorReport;
+}

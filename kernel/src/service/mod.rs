@@ -1,0 +1,157 @@
+//! The node's I/O: uplink, HTTP and the job engine, polled by the main loop.
+//!
+//! Arrows: [`http_server`] carries bytes between [`uplink`]'s sockets and nestling-api; [`engine`] joins nestling-api's job store to the
+//! hypervisor through [`machines`]. Nothing here waits; [`Service::poll`] does what can be done now and says when it wants to be called next.
+
+#![forbid(unsafe_code)]
+
+mod engine;
+pub mod entropy;
+mod fleet;
+mod http_server;
+mod images;
+pub mod machines;
+mod node;
+mod settings;
+mod uplink;
+
+use alloc::boxed::Box;
+use alloc::string::String;
+use alloc::vec::Vec;
+
+use nestling_api::{Api, ApiConfig, Clock, Limits};
+
+use crate::boot::BootInfo;
+use crate::cpu::clock;
+use crate::drivers::nic::Nic;
+use engine::Engine;
+use entropy::RandomSource;
+use http_server::HttpServer;
+use images::Image;
+use machines::Machines;
+use node::NodeView;
+use settings::Settings;
+use uplink::Uplink;
+
+/// Between two rounds that nothing but a deadline asks for.
+const LEAST_PAUSE_NS: u64 = 500_000;
+const MIB: usize = 1 << 20;
+/// What the API may keep, fitted to a heap of 48 MiB that also holds sockets (6 MiB), network buffers (1 MiB) and page tables.
+const LIMITS: Limits = Limits {
+    body_bytes: MIB,
+    bodies_total_bytes: 4 * MIB,
+    answers_total_bytes: 4 * MIB,
+    queued_jobs: 1000,
+    completed_jobs: 200,
+    jobs_total_bytes: 8 * MIB,
+    log_bytes: 4 * MIB,
+    logs_total_bytes: 16 * MIB,
+};
+
+/// Everything the node does besides running machines.
+pub struct Service<Id> {
+    name: String,
+    api: Api,
+    images: Vec<Image>,
+    random: RandomSource,
+    network: Option<Network>,
+    engine: Engine<Id>,
+    ready_ns: Option<u64>,
+}
+
+/// The network interface and who listens on it.
+struct Network {
+    uplink: Uplink,
+    server: HttpServer,
+}
+
+impl<Id: Copy> Service<Id> {
+    /// Sets up the node's I/O. Without a network interface jobs cannot arrive; the reason is logged and the node stays up.
+    ///
+    /// # Errors
+    /// What is wrong with the command line, for the operator.
+    pub fn new(
+        boot: &BootInfo,
+        nic: Result<Box<dyn Nic>, String>,
+        mut random: RandomSource,
+    ) -> Result<Self, String> {
+        let settings = Settings::read(&boot.command_line)?;
+        let (images, problems) = images::load(&boot.modules);
+        problems.iter().for_each(|problem| log::warn!("{problem}"));
+        if images.is_empty() {
+            log::warn!(
+                "no image to boot machines from: give one as boot module (QEMU: -initrd target/images/minimal.tar)"
+            );
+        }
+        for image in &images {
+            log::info!("image {} {}, {} KiB", image.name, image.version, image.bytes() / 1024);
+        }
+        if settings.token.is_none() {
+            log::warn!("auth=off: everybody who reaches this node may run jobs on it");
+        }
+        let network = match nic {
+            Ok(nic) => {
+                let mut uplink =
+                    Uplink::new(nic, settings.addressing, settings.port, random.number(), clock::now_ns());
+                let server = HttpServer::new(settings.port, &mut uplink.sockets);
+                Some(Network { uplink, server })
+            }
+            Err(reason) => {
+                log::error!("{reason}");
+                None
+            }
+        };
+        Ok(Self {
+            name: settings.name,
+            api: Api::new(ApiConfig { token: settings.token, limits: LIMITS }),
+            images,
+            random,
+            network,
+            engine: Engine::new(),
+            ready_ns: None,
+        })
+    }
+
+    /// Does all there is to do now. Returns when to call again at the latest, in nanoseconds since boot; interrupts and machines that want
+    /// something are reasons to call earlier.
+    pub fn poll<M: Machines<Id = Id>>(&mut self, machines: &mut M) -> Option<u64> {
+        let now = Clock { monotonic_ns: clock::now_ns(), unix_ns: clock::unix_ns() };
+        if let Some(Network { uplink, server }) = &mut self.network {
+            uplink.receive(now.monotonic_ns, |sockets| server.listen(sockets, now.monotonic_ns));
+            if self.ready_ns.is_none() && uplink.is_up() && !self.images.is_empty() {
+                let ns = now.monotonic_ns;
+                self.ready_ns = Some(ns);
+                log::info!("ready {}.{:03} ms after the kernel's entry", ns / 1_000_000, ns / 1000 % 1000);
+            }
+        }
+        // Output comes first, so that whoever follows it gets it in this round.
+        self.engine.poll(&mut self.api.jobs, &self.images, machines, now);
+        if let Some(Network { uplink, server }) = &mut self.network {
+            let mut node = NodeView {
+                name: &self.name,
+                images: &self.images,
+                uplink: uplink.describe(),
+                machines: &*machines,
+                running: self.engine.running(),
+                ready_ns: self.ready_ns,
+                random: &mut self.random,
+            };
+            server.poll(&mut uplink.sockets, &mut self.api, &mut node, now);
+            uplink.transmit(now.monotonic_ns);
+        }
+        // What clients just asked for starts at once: a new job, a cancel, an agent held back by a reader of its log.
+        self.engine.poll(&mut self.api.jobs, &self.images, machines, now);
+        let network = self.network.as_mut().and_then(|network| network.deadline(now.monotonic_ns));
+        let jobs = self.api.jobs.deadline(now);
+        // Everything due now was done: what still says so waits for somebody else, and machines must get their turn.
+        let soonest = now.monotonic_ns.saturating_add(LEAST_PAUSE_NS);
+        network.into_iter().chain(jobs).min().map(|deadline| deadline.max(soonest))
+    }
+}
+
+impl Network {
+    fn deadline(&mut self, now: u64) -> Option<u64> {
+        let uplink = self.uplink.deadline(now);
+        uplink.into_iter().chain(self.server.deadline()).min()
+    }
+}

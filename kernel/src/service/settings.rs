@@ -1,0 +1,62 @@
+//! What the operator decided, on the kernel's command line.
+
+#![forbid(unsafe_code)]
+
+use alloc::format;
+use alloc::string::{String, ToString};
+
+use super::uplink::Addressing;
+use crate::boot::CommandLine;
+
+/// The node's HTTP port unless the command line says otherwise.
+const DEFAULT_PORT: u16 = 8080;
+const DEFAULT_NAME: &str = "nestling";
+const MAX_NAME_BYTES: usize = 64;
+/// A token shorter than this could be guessed.
+const MIN_TOKEN_BYTES: usize = 16;
+
+/// The command line's words, understood.
+pub struct Settings {
+    /// The node's name.
+    pub name: String,
+    /// The API's TCP port.
+    pub port: u16,
+    /// The API's bearer token; `None` where authorization is off.
+    pub token: Option<String>,
+    /// How the node gets its address.
+    pub addressing: Addressing,
+}
+
+impl Settings {
+    /// Reads `name=`, `port=`, `token=` or `auth=off`, `ip=` and `gateway=`. Other words are other modules' business.
+    ///
+    /// # Errors
+    /// A message that names the word and what it should be.
+    pub fn read(line: &CommandLine) -> Result<Self, String> {
+        let port = match line.value("port") {
+            None => DEFAULT_PORT,
+            Some(text) => {
+                let port = text.parse().ok().filter(|port| *port != 0);
+                port.ok_or_else(|| format!("port={text} is not a TCP port, 1 to 65535"))?
+            }
+        };
+        let token = match (line.value("token"), line.value("auth")) {
+            (Some(token), None) if token.len() >= MIN_TOKEN_BYTES => Some(token.to_string()),
+            (Some(_), None) => return Err(format!("token= needs at least {MIN_TOKEN_BYTES} characters")),
+            (None, Some("off")) => None,
+            (Some(_), Some(_)) => return Err("token= and auth= exclude each other: give one of them".into()),
+            (None, Some(other)) => {
+                return Err(format!("auth={other} is unknown: give token=... or auth=off"));
+            }
+            (None, None) => {
+                return Err("the kernel's command line has neither token=... for the API nor auth=off".into());
+            }
+        };
+        let addressing = Addressing::parse(line.value("ip"), line.value("gateway"))?;
+        let name = line.value("name").unwrap_or(DEFAULT_NAME);
+        if name.is_empty() || name.len() > MAX_NAME_BYTES {
+            return Err(format!("name={name} must have 1 to {MAX_NAME_BYTES} characters"));
+        }
+        Ok(Self { name: name.to_string(), port, token, addressing })
+    }
+}

@@ -1,0 +1,329 @@
+//! The node's network: Ethernet, IPv4 and its address, by DHCP or fixed.
+//!
+//! Protocols are smoltcp's. RFC 2131 (DHCP), RFC 1122 (host requirements).
+
+#![forbid(unsafe_code)]
+
+use alloc::boxed::Box;
+use alloc::string::{String, ToString};
+use alloc::vec;
+use core::fmt;
+use core::net::Ipv4Addr;
+
+use nestling_api::types;
+use smoltcp::iface::{Config, Interface, PollIngressSingleResult, PollResult, SocketHandle, SocketSet};
+use smoltcp::phy::{Device, DeviceCapabilities, Medium, RxToken, TxToken};
+use smoltcp::socket::dhcpv4;
+use smoltcp::time::{Duration, Instant};
+use smoltcp::wire::{EthernetAddress, HardwareAddress, IpCidr, Ipv4Cidr};
+
+use crate::drivers::nic::{MAX_FRAME_BYTES, Nic};
+
+const SECOND: u64 = 1_000_000_000;
+/// How often an interface without interrupts is looked at.
+const POLL_INTERVAL_NS: u64 = SECOND / 1000;
+/// How long DHCP may take before the operator is told.
+const DHCP_PATIENCE_NS: u64 = 10 * SECOND;
+/// DHCP's first tries follow each other quickly: a node boots faster than some networks.
+const DHCP_EAGER: Duration = Duration::from_secs(1);
+const DHCP_RELAXED: Duration = Duration::from_secs(5);
+/// Frames taken in one go, so that a flood leaves time for the rest.
+const FRAMES_PER_POLL: usize = 512;
+
+/// How the node gets its address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Addressing {
+    /// From a DHCP server.
+    Dhcp,
+    /// Fixed.
+    Static {
+        /// Address and prefix length.
+        address: Ipv4Cidr,
+        /// The way out of the local network.
+        gateway: Option<Ipv4Addr>,
+    },
+}
+
+impl Addressing {
+    /// Reads the command line's `ip=` and `gateway=` values.
+    ///
+    /// # Errors
+    /// A message that names the value and what it should be.
+    pub fn parse(ip: Option<&str>, gateway: Option<&str>) -> Result<Self, String> {
+        let ip = ip.unwrap_or("dhcp");
+        if ip == "dhcp" {
+            return match gateway {
+                None => Ok(Self::Dhcp),
+                Some(_) => Err("gateway= needs a static address: give ip=A.B.C.D/N as well".to_string()),
+            };
+        }
+        let address: Ipv4Cidr = ip.parse().map_err(|()| {
+            alloc::format!("ip={ip} is neither dhcp nor an address with its prefix, such as 10.0.2.15/24")
+        })?;
+        let usable = !address.address().is_unspecified()
+            && !address.address().is_multicast()
+            && !address.address().is_broadcast();
+        if !usable {
+            return Err(alloc::format!("ip={ip} is not an address that a host can have"));
+        }
+        let gateway = match gateway {
+            None => None,
+            Some(text) => {
+                let gateway: Ipv4Addr = text
+                    .parse()
+                    .map_err(|_| alloc::format!("gateway={text} is not an IPv4 address, such as 10.0.2.2"))?;
+                if !address.contains_addr(&gateway) {
+                    return Err(alloc::format!(
+                        "gateway={gateway} does not lie in the network of ip={address}"
+                    ));
+                }
+                Some(gateway)
+            }
+        };
+        Ok(Self::Static { address, gateway })
+    }
+}
+
+/// The interface as smoltcp wants it: a frame is copied in and out of one buffer each.
+struct Link {
+    nic: Box<dyn Nic>,
+    received: Box<[u8]>,
+    sending: Box<[u8]>,
+}
+
+struct Received<'a>(&'a [u8]);
+
+struct Sending<'a> {
+    nic: &'a mut dyn Nic,
+    buffer: &'a mut [u8],
+}
+
+impl RxToken for Received<'_> {
+    fn consume<R, F: FnOnce(&[u8]) -> R>(self, f: F) -> R {
+        f(self.0)
+    }
+}
+
+impl TxToken for Sending<'_> {
+    fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
+        match self.buffer.get_mut(..len) {
+            Some(frame) => {
+                let result = f(frame);
+                if !self.nic.transmit(frame) {
+                    log::debug!("uplink: a frame of {len} bytes was dropped");
+                }
+                result
+            }
+            // smoltcp keeps to the MTU; were it not to, the frame would be dropped.
+            None => f(&mut vec![0; len]),
+        }
+    }
+}
+
+impl Device for Link {
+    type RxToken<'a> = Received<'a>;
+    type TxToken<'a> = Sending<'a>;
+
+    fn receive(&mut self, _: Instant) -> Option<(Received<'_>, Sending<'_>)> {
+        // A received frame may need an answer at once: without room for that it has to wait.
+        if !self.nic.can_transmit() {
+            return None;
+        }
+        let length = self.nic.receive(&mut self.received)?;
+        let frame = self.received.get(..length)?;
+        Some((Received(frame), Sending { nic: &mut *self.nic, buffer: &mut self.sending }))
+    }
+
+    fn transmit(&mut self, _: Instant) -> Option<Sending<'_>> {
+        self.nic.can_transmit().then(|| Sending { nic: &mut *self.nic, buffer: &mut self.sending })
+    }
+
+    fn capabilities(&self) -> DeviceCapabilities {
+        let mut capabilities = DeviceCapabilities::default();
+        capabilities.medium = Medium::Ethernet;
+        capabilities.max_transmission_unit = MAX_FRAME_BYTES;
+        capabilities
+    }
+}
+
+/// A DHCP client and how far it got.
+struct Dhcp {
+    socket: SocketHandle,
+    started_at: u64,
+    told: bool,
+}
+
+/// The node's network interface with its protocols.
+pub struct Uplink {
+    link: Link,
+    interface: Interface,
+    /// Every socket of the node; the HTTP server adds its own.
+    pub sockets: SocketSet<'static>,
+    dhcp: Option<Dhcp>,
+    port: u16,
+}
+
+impl Uplink {
+    /// Starts the protocols on an interface. `port` is only for telling people where the node answers; `seed` makes TCP's
+    /// sequence numbers hard to guess.
+    #[must_use]
+    pub fn new(nic: Box<dyn Nic>, addressing: Addressing, port: u16, seed: u64, now: u64) -> Self {
+        let mac = EthernetAddress(nic.mac());
+        let buffer = || vec![0; MAX_FRAME_BYTES].into_boxed_slice();
+        let mut link = Link { nic, received: buffer(), sending: buffer() };
+        let mut config = Config::new(HardwareAddress::Ethernet(mac));
+        config.random_seed = seed;
+        let interface = Interface::new(config, &mut link, instant(now));
+        let mut uplink = Self { link, interface, sockets: SocketSet::new(vec![]), dhcp: None, port };
+        match addressing {
+            Addressing::Static { address, gateway } => uplink.configure(address, gateway, ""),
+            Addressing::Dhcp => {
+                let mut socket = dhcpv4::Socket::new();
+                let mut retry = dhcpv4::RetryConfig::default();
+                retry.discover_timeout = DHCP_EAGER;
+                retry.initial_request_timeout = DHCP_EAGER;
+                socket.set_retry_config(retry);
+                let socket = uplink.sockets.add(socket);
+                uplink.dhcp = Some(Dhcp { socket, started_at: now, told: false });
+            }
+        }
+        uplink
+    }
+
+    /// Takes received frames. `state_changed` is called whenever a frame may have changed a socket, before the next frame.
+    pub fn receive(&mut self, now: u64, mut state_changed: impl FnMut(&mut SocketSet<'static>)) {
+        // Interrupts only wake the loop; every call looks at the ring.
+        self.link.nic.take_interrupt();
+        for _ in 0..FRAMES_PER_POLL {
+            match self.interface.poll_ingress_single(instant(now), &mut self.link, &mut self.sockets) {
+                PollIngressSingleResult::None => break,
+                PollIngressSingleResult::PacketProcessed => {}
+                PollIngressSingleResult::SocketStateChanged => state_changed(&mut self.sockets),
+            }
+        }
+        self.follow_dhcp(now);
+    }
+
+    /// Sends what the sockets have to send.
+    pub fn transmit(&mut self, now: u64) {
+        for _ in 0..FRAMES_PER_POLL {
+            if self.interface.poll_egress(instant(now), &mut self.link, &mut self.sockets) == PollResult::None
+            {
+                break;
+            }
+        }
+    }
+
+    /// When [`Uplink::receive`] and [`Uplink::transmit`] have to be called next, whatever arrives, in nanoseconds since boot.
+    pub fn deadline(&mut self, now: u64) -> Option<u64> {
+        let protocols = self.interface.poll_at(instant(now), &self.sockets).map(|at| {
+            let at = u64::try_from(at.total_micros()).unwrap_or(0).saturating_mul(1000);
+            // What could not be sent now for want of room in the interface's queue is tried again soon, not at once.
+            if at <= now { now.saturating_add(POLL_INTERVAL_NS) } else { at }
+        });
+        let polling = (!self.link.nic.has_interrupt()).then(|| now.saturating_add(POLL_INTERVAL_NS));
+        let patience = self
+            .dhcp
+            .as_ref()
+            .filter(|dhcp| !dhcp.told)
+            .map(|dhcp| dhcp.started_at.saturating_add(DHCP_PATIENCE_NS));
+        [protocols, polling, patience].into_iter().flatten().min()
+    }
+
+    /// Whether the node has an address.
+    #[must_use]
+    pub fn is_up(&self) -> bool {
+        self.interface.ipv4_addr().is_some()
+    }
+
+    /// What `GET /v1/host` tells of the uplink.
+    #[must_use]
+    pub fn describe(&self) -> types::Uplink {
+        types::Uplink {
+            driver: self.link.nic.driver().to_string(),
+            mac: Mac(self.link.nic.mac()).to_string(),
+            address: self.interface.ip_addrs().first().map(ToString::to_string),
+            gateway: self
+                .interface
+                .routes()
+                .get_default_ipv4_route()
+                .map(|route| route.via_router.to_string()),
+        }
+    }
+
+    fn follow_dhcp(&mut self, now: u64) {
+        let Some(dhcp) = &mut self.dhcp else { return };
+        let socket = self.sockets.get_mut::<dhcpv4::Socket<'_>>(dhcp.socket);
+        match socket.poll() {
+            Some(dhcpv4::Event::Configured(config)) => {
+                let (address, gateway) = (config.address, config.router);
+                dhcp.told = true;
+                let unchanged = self.interface.ip_addrs() == [IpCidr::Ipv4(address)];
+                if !unchanged {
+                    self.configure(address, gateway, " by DHCP");
+                }
+            }
+            Some(dhcpv4::Event::Deconfigured) => {
+                if self.interface.ipv4_addr().is_some() {
+                    log::warn!("uplink: the DHCP lease is lost; asking for a new one");
+                    self.interface.update_ip_addrs(|addresses| addresses.clear());
+                    self.interface.routes_mut().remove_default_ipv4_route();
+                }
+                (dhcp.started_at, dhcp.told) = (now, false);
+            }
+            None => {}
+        }
+        let Some(dhcp) = &mut self.dhcp else { return };
+        if !dhcp.told && now >= dhcp.started_at.saturating_add(DHCP_PATIENCE_NS) {
+            dhcp.told = true;
+            let socket = self.sockets.get_mut::<dhcpv4::Socket<'_>>(dhcp.socket);
+            let mut retry = socket.get_retry_config();
+            retry.discover_timeout = DHCP_RELAXED;
+            socket.set_retry_config(retry);
+            log::warn!(
+                "no DHCP answer after {} s on {name}; still trying. Without a DHCP server, give ip=A.B.C.D/N gateway=A.B.C.D on the kernel's command line",
+                DHCP_PATIENCE_NS / SECOND,
+                name = Name(&*self.link.nic),
+            );
+        }
+    }
+
+    fn configure(&mut self, address: Ipv4Cidr, gateway: Option<Ipv4Addr>, how: &str) {
+        self.interface.update_ip_addrs(|addresses| {
+            addresses.clear();
+            // The list is empty, so there is room.
+            let _ = addresses.push(IpCidr::Ipv4(address));
+        });
+        self.interface.routes_mut().remove_default_ipv4_route();
+        if let Some(gateway) = gateway {
+            // The table has room for the one route that was just removed.
+            let _ = self.interface.routes_mut().add_default_ipv4_route(gateway);
+        }
+        let gateway = gateway.map_or_else(|| "none".to_string(), |gateway| gateway.to_string());
+        log::info!("uplink: {} has {address}{how}, gateway {gateway}", Name(&*self.link.nic));
+        log::info!("API: http://{}:{}", address.address(), self.port);
+    }
+}
+
+/// An interface's name for people.
+struct Name<'a>(&'a dyn Nic);
+
+impl fmt::Display for Name<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.0.driver(), Mac(self.0.mac()))
+    }
+}
+
+/// An Ethernet address as people write it, `52:54:00:12:34:56`.
+struct Mac([u8; 6]);
+
+impl fmt::Display for Mac {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+fn instant(now: u64) -> Instant {
+    Instant::from_micros(i64::try_from(now / 1000).unwrap_or(i64::MAX))
+}
