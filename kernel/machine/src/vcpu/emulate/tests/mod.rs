@@ -18,7 +18,6 @@ pub(super) const DEVICE: u64 = 0xE010_0000;
 /// A linear page of RAM (at [`DATA_FRAME`]), followed by one of the device, followed by nothing.
 pub(super) const DATA: u64 = 0x20_0000;
 pub(super) const DATA_FRAME: u64 = 0x2_0000;
-pub(super) const STEPS: [u64; 4] = [0x1000, 0x2000, 0x3000, 0x4000];
 
 /// An access that reached a device or a port.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
