@@ -1,7 +1,7 @@
-//! What the firmware's ACPI tables tell: cores, the PM timer, PCI's configuration window, how to power off and reset.
+//! What the firmware's ACPI tables tell: cores, the PM timer, PCI's configuration window, how to power off.
 //!
 //! ACPI specification 6.5: 5.2.5 (RSDP), 5.2.7-5.2.8 (RSDT, XSDT), 5.2.9 (FADT), 5.2.12 (MADT), 4.8.3.3 (PM timer), 4.8.3.2.1 (PM1 control),
-//! 4.8.3.6 (reset register), 4.8.3.7 (sleep control), 7.4.2 (the \_S5 object); PCI Firmware specification 3.3, 4.1.2 (MCFG).
+//! 4.8.3.7 (sleep control), 7.4.2 (the \_S5 object); PCI Firmware specification 3.3, 4.1.2 (MCFG).
 //!
 //! Only fixed tables are read, no AML runs: the one AML value needed, the sleep type of \_S5, is a constant package that is found by its name.
 //! Every table is copied out once, its length bounded and its checksum proven, before it is parsed.
@@ -18,11 +18,8 @@ const MAX_TABLE_BYTES: usize = 2 << 20;
 const MAX_TABLES: usize = 256;
 /// Length of the header every table but the RSDP starts with.
 const HEADER_BYTES: usize = 36;
-/// Frequency of the PM timer in Hz (4.8.3.3).
-pub const PM_TIMER_HZ: u64 = 3_579_545;
 
 const FADT_TIMER_IS_32_BIT: u32 = 1 << 8;
-const FADT_RESET_SUPPORTED: u32 = 1 << 10;
 const FADT_HARDWARE_REDUCED: u32 = 1 << 20;
 const MADT_CORE_ENABLED: u32 = 1;
 const PM1_SCI_ENABLED: u16 = 1;
@@ -76,7 +73,7 @@ enum PowerOff {
 /// What was read from the firmware's tables. [`Firmware::default`] is a machine that tells nothing.
 #[derive(Debug, Clone, Default)]
 pub struct Firmware {
-    /// I/O port of the PM timer, which counts at [`PM_TIMER_HZ`].
+    /// I/O port of the PM timer, which counts at 3,579,545 Hz.
     pub pm_timer_port: Option<u16>,
     /// The PM timer wraps at 32 bits, else at 24.
     pub pm_timer_is_32_bit: bool,
@@ -85,7 +82,6 @@ pub struct Firmware {
     /// PCI's memory-mapped configuration space, where there is one.
     pub config_window: Option<ConfigWindow>,
     power_off: Option<PowerOff>,
-    reset: Option<(Register, u8)>,
 }
 
 impl Firmware {
@@ -115,11 +111,6 @@ impl Firmware {
         if let Some(Register::Port(port)) = block(fadt, 76, 208) {
             self.pm_timer_port = Some(port);
             self.pm_timer_is_32_bit = flags & FADT_TIMER_IS_32_BIT != 0;
-        }
-        if flags & FADT_RESET_SUPPORTED != 0
-            && let (Some(register), Some(value)) = (generic_address(fadt, 116), fadt.get(128))
-        {
-            self.reset = Some((register, *value));
         }
         let dsdt =
             u64_at(fadt, 140).filter(|at| *at != 0).or_else(|| u32_at(fadt, 40).map(u64::from)).unwrap_or(0);
@@ -199,16 +190,6 @@ impl Firmware {
             }
             None => {}
         }
-    }
-
-    /// Resets the machine, by the FADT's register and then by the PC's customary ports. Returns only if none of them works.
-    pub fn reset(&self) {
-        if let Some((register, value)) = self.reset {
-            register.write_byte(value);
-        }
-        // PCI's reset control register (full reset), then the keyboard controller's pulse of the reset line.
-        Register::Port(0xcf9).write_byte(0x06);
-        Register::Port(0x64).write_byte(0xfe);
     }
 }
 

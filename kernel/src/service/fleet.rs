@@ -40,8 +40,14 @@ impl<B: Backend> Machines for Fleet<B> {
     type Id = MachineId;
 
     fn create(&mut self, spec: &MachineSpec<'_>) -> Result<MachineId, CreateError> {
+        if spec.vcpu_count != 1 {
+            return Err(CreateError::Impossible(format!(
+                "machine_config.vcpu_count: {} is not 1, the only count this release has",
+                spec.vcpu_count
+            )));
+        }
         let step = MEMORY_STEP_MIB;
-        if spec.mem_size_mib % step != 0 {
+        if !spec.mem_size_mib.is_multiple_of(step) {
             return Err(CreateError::Impossible(format!(
                 "machine_config.mem_size_mib: {} is not a multiple of {step}",
                 spec.mem_size_mib
@@ -99,7 +105,7 @@ impl<B: Backend> Machines for Fleet<B> {
     fn max_mem_size_mib(&self) -> u32 {
         let (_, total) = self.frames();
         let mut mib =
-            u32::try_from(total as u64 * SMALL_FRAME >> 20).unwrap_or(u32::MAX) & !(MEMORY_STEP_MIB - 1);
+            u32::try_from((total as u64 * SMALL_FRAME) >> 20).unwrap_or(u32::MAX) & !(MEMORY_STEP_MIB - 1);
         while mib > 0 && !self.ever_fits(mib) {
             mib -= MEMORY_STEP_MIB;
         }

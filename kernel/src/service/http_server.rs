@@ -113,12 +113,6 @@ impl HttpServer {
     pub fn deadline(&self) -> Option<u64> {
         self.slots.iter().filter_map(Slot::deadline).min()
     }
-
-    /// Connections that are open now.
-    #[must_use]
-    pub fn connections(&self) -> usize {
-        self.slots.iter().filter(|slot| slot.connection.is_some()).count()
-    }
 }
 
 impl Slot {

@@ -135,7 +135,7 @@ impl Device for Link {
     }
 
     fn transmit(&mut self, _: Instant) -> Option<Sending<'_>> {
-        self.nic.can_transmit().then(|| Sending { nic: &mut *self.nic, buffer: &mut self.sending })
+        self.nic.can_transmit().then_some(Sending { nic: &mut *self.nic, buffer: &mut self.sending })
     }
 
     fn capabilities(&self) -> DeviceCapabilities {
