@@ -306,3 +306,6 @@ fn offset_in(at: GuestPhysAddr, base: u64, length: u64) -> Option<u64> {
 fn ones(width: u8) -> u64 {
     u64::MAX.checked_shr(64_u32.saturating_sub(8 * u32::from(width))).unwrap_or(0)
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,6 +1,8 @@
 //! Virtio devices on PCI.
 
 mod connection;
+#[cfg(test)]
+pub(super) mod driver;
 mod queue;
 pub(super) mod rng;
 pub(super) mod transport;

@@ -421,3 +421,6 @@ impl Queue {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

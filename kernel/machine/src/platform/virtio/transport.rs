@@ -446,3 +446,6 @@ const fn set_half(value: &mut u64, select: u32, half: u32) {
         _ => {}
     }
 }
+
+#[cfg(test)]
+mod tests;
