@@ -112,12 +112,15 @@ pub(crate) struct Down {
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   nestling run -- uname -r
-  nestling run -- sh -c 'echo $GREETING; exit 7' --env GREETING=hi   (everything after -- is the command)
+  nestling run -- sh -c 'uname -r; echo hi; exit 7'
   nestling run --env GREETING=hi --timeout 10m -- sh -c 'echo $GREETING; exit 7'
   nestling run --memory 512 -- dd if=/dev/zero of=/dev/null bs=1M count=100
 
-Exit code: the command's own (128+n when signal n killed it); 124 the job timed out; 125 the machine, the
-node or nestling failed; 127 the command was not found; 130 cancelled.")]
+Exit code: the command's own (128+n when signal n killed it), or
+  124  the job timed out
+  125  the machine, the node or nestling failed
+  127  the command was not found
+  130  the job was cancelled")]
 pub(crate) struct Run {
     /// The image the machine boots
     #[arg(long, value_name = "NAME")]

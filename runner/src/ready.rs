@@ -12,6 +12,9 @@ use crate::duration::format_ms;
 
 /// How often the node is asked.
 const INTERVAL: Duration = Duration::from_millis(20);
+/// How long it is given to answer, at first and at last.
+const SHORTEST_ANSWER: Duration = Duration::from_millis(50);
+const LONGEST_ANSWER: Duration = Duration::from_secs(5);
 /// How much of a serial log is read for its last lines.
 const TAIL: u64 = 16 << 10;
 /// How many of them a message shows.
@@ -34,7 +37,10 @@ pub fn wait(
     let start = Instant::now();
     let mut shown = String::new();
     let reason = loop {
-        if matches!(client.ready(), Ok(true)) {
+        // QEMU takes connections before there is a node behind them, and offers them to it again only after seconds:
+        // a new one gets through sooner. A busy computer needs longer to answer, and gets longer with every try.
+        let patience = (start.elapsed() / 4).clamp(SHORTEST_ANSWER, LONGEST_ANSWER);
+        if matches!(client.ready_within(patience), Ok(true)) {
             return Ok(());
         }
         // Asked before the log is read, so that what was written last is still seen.

@@ -143,7 +143,23 @@ impl Client {
     /// # Errors
     /// When it does not answer.
     pub fn ready(&self) -> Result<bool, ClientError> {
-        Ok(self.request("GET", "/readyz", &[], None)?.status == 200)
+        self.ready_within(ANSWER_TIMEOUT)
+    }
+
+    /// As [`ready`](Self::ready), given up after `timeout`.
+    ///
+    /// # Errors
+    /// When it does not answer in time.
+    pub fn ready_within(&self, timeout: Duration) -> Result<bool, ClientError> {
+        let result = self
+            .agent
+            .get(format!("{}/readyz", self.url))
+            .config()
+            .timeout_global(Some(timeout))
+            .build()
+            .call();
+        let response = result.map_err(|error| ClientError::unreachable(&self.url, error))?;
+        Ok(response.status() == 200)
     }
 
     /// `GET /version`.
