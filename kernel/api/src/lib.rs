@@ -24,6 +24,8 @@ pub mod log;
 pub mod multiplex;
 mod node;
 mod router;
+#[cfg(test)]
+mod testing;
 pub mod time;
 pub mod types;
 

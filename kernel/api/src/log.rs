@@ -57,6 +57,12 @@ impl Segment {
     }
 
     fn push(&mut self, stream: Stream, bytes: &[u8]) {
+        let len = self.bytes.len().saturating_add(bytes.len());
+        if len > self.bytes.capacity() {
+            // By doubling, as a vector grows by itself, but never beyond a segment.
+            let capacity = len.checked_next_power_of_two().unwrap_or(len).clamp(64, SEGMENT);
+            self.bytes.reserve_exact(capacity.saturating_sub(self.bytes.len()));
+        }
         self.bytes.extend_from_slice(bytes);
         let end = u32::try_from(self.bytes.len()).unwrap_or(u32::MAX);
         match self.runs.last_mut() {
