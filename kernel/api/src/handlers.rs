@@ -9,11 +9,9 @@ use crate::http::{Body, Head, Query, Response, Wanted};
 use crate::jobs::{Created, JobId, ReadOptions, Streams, request};
 use crate::log::Stream;
 use crate::multiplex;
+use crate::openapi::OPENAPI;
 use crate::types::{FieldError, ImageList, JobList, Status, Version};
 use crate::{Api, Clock, Node};
-
-/// The API's description, as `GET /openapi.json` gives it: OpenAPI 3.1.
-pub const OPENAPI: &str = include_str!("openapi.json");
 
 const TEXT: &str = "text/plain; charset=utf-8";
 /// Most bytes of an `Idempotency-Key`.

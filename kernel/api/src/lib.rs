@@ -23,6 +23,7 @@ pub mod jobs;
 pub mod log;
 pub mod multiplex;
 mod node;
+mod openapi;
 mod router;
 #[cfg(test)]
 mod testing;
@@ -30,8 +31,8 @@ pub mod time;
 pub mod types;
 
 pub use config::{ApiConfig, Limits};
-pub use handlers::OPENAPI;
 pub use node::Node;
+pub use openapi::OPENAPI;
 pub use time::Clock;
 
 use budget::Budget;

@@ -225,6 +225,12 @@ impl Connection {
         own.into_iter().chain(stall).min()
     }
 
+    /// Bytes of buffers it holds.
+    #[cfg(test)]
+    pub(super) fn buffered_capacity(&self) -> usize {
+        self.rx.capacity() + self.tx.capacity()
+    }
+
     /// Does all that can be done now: reads requests, has them answered, makes more of an answer.
     pub fn advance(&mut self, api: &mut Api, node: &mut dyn Node, now: Clock) {
         let was_empty = self.tx.is_empty();
