@@ -30,6 +30,9 @@ const CACHE_LEAVES: usize = 8;
 const FEATURE_SUBLEAVES: usize = 2;
 const XSTATE_SUBLEAVES: usize = 10;
 
+/// As many APIC ids as an interrupt message can name.
+const VCPU_COUNT_MAX: u32 = 1 << 15;
+
 /// Frequency of the local APIC timer in kHz.
 const APIC_TIMER_KHZ: u32 = 1_000_000;
 
@@ -195,7 +198,7 @@ pub(super) struct GuestCpuid {
 
 impl GuestCpuid {
     pub(super) fn new(config: &VcpuConfig, host: &HostCpuid, xstate: &ExtendedState) -> Self {
-        let count = config.vcpu_count.max(1);
+        let count = config.vcpu_count.clamp(1, VCPU_COUNT_MAX);
         let topology = host.leaf(0x8000_0001, 0)[ECX] & EXTENDED1_ECX_TOPOLOGY != 0;
         let mut guest = Self {
             id: config.id,
