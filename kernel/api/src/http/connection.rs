@@ -10,10 +10,9 @@ use alloc::boxed::Box;
 use alloc::format;
 use alloc::vec::Vec;
 
-use super::chunked;
+use super::body::{Incoming, overloaded, too_large};
 use super::request::{self, BodyLength, Head, Method};
 use super::response::{Body, Framing, Response};
-use crate::budget::Share;
 use crate::error::{ApiError, ErrorCode};
 use crate::jobs::{MIN_ROOM, ReadState};
 use crate::router::{self, Route};
@@ -79,23 +78,6 @@ enum State {
     Close,
     /// The peer is gone or stuck.
     Abort,
-}
-
-/// A request whose body is arriving.
-#[derive(Debug)]
-struct Incoming {
-    head: Head,
-    route: Route,
-    coding: Coding,
-    body: Vec<u8>,
-    share: Share,
-    since_ns: u64,
-}
-
-#[derive(Debug)]
-enum Coding {
-    Left(u64),
-    Chunked(chunked::Decoder),
 }
 
 /// An answer that is leaving.
@@ -347,17 +329,12 @@ impl Connection {
                 let after = if head.keep_alive { After::NextRequest } else { After::Close };
                 self.send(Response::error(&error), &head, after, now);
             }
-            (Ok(route), length) => {
-                let coding = match length {
-                    BodyLength::Known(len) => Coding::Left(len),
-                    BodyLength::Chunked => Coding::Chunked(chunked::Decoder::new()),
-                };
+            (Ok(route), _) => {
                 if head.expects_continue && self.rx.is_empty() {
                     self.tx.extend_from_slice(b"HTTP/1.1 100 Continue\r\n\r\n");
                     self.tx_progress_ns = now.monotonic_ns;
                 }
-                let (body, share) = (Vec::new(), api.bodies.share());
-                let incoming = Incoming { head, route, coding, body, share, since_ns: now.monotonic_ns };
+                let incoming = Incoming::new(head, route, api.bodies.share(), now.monotonic_ns);
                 self.state = State::Body(Box::new(incoming));
             }
             (Err(error), length) => {
@@ -521,51 +498,4 @@ impl Connection {
         };
         true
     }
-}
-
-impl Incoming {
-    /// Takes what `rest` has of the body: how many bytes of it, 0 when nothing more can be taken.
-    fn take(&mut self, rest: &[u8], limit: usize) -> Result<usize, ApiError> {
-        let (used, data) = match &mut self.coding {
-            Coding::Left(left) => {
-                let wanted = usize::try_from(*left).unwrap_or(usize::MAX);
-                let data = rest.get(..wanted).unwrap_or(rest);
-                *left = left.saturating_sub(data.len() as u64);
-                (data.len(), data)
-            }
-            Coding::Chunked(decoder) => decoder.decode(rest).map_err(|error| {
-                ApiError::new(ErrorCode::MalformedRequest, format!("the body is not in chunks: {}", error.0))
-            })?,
-        };
-        let len = self.body.len().saturating_add(data.len());
-        if len > limit {
-            return Err(too_large(limit));
-        }
-        if len > self.body.capacity() {
-            let capacity = len.checked_next_power_of_two().unwrap_or(len).clamp(1024, limit.max(1024));
-            if !self.share.grow(capacity.saturating_sub(self.body.capacity())) {
-                return Err(overloaded());
-            }
-            self.body.reserve_exact(capacity.saturating_sub(self.body.len()));
-        }
-        self.body.extend_from_slice(data);
-        Ok(used)
-    }
-
-    fn is_done(&self) -> bool {
-        match &self.coding {
-            Coding::Left(left) => *left == 0,
-            Coding::Chunked(decoder) => decoder.is_done(),
-        }
-    }
-}
-
-fn too_large(limit: usize) -> ApiError {
-    ApiError::new(ErrorCode::BodyTooLarge, format!("a request's body may have {limit} bytes at most"))
-}
-
-fn overloaded() -> ApiError {
-    let message =
-        "more requests and answers are under way than this node has memory for; try again in a moment";
-    ApiError::new(ErrorCode::Overloaded, message).with_header("Retry-After", "1")
 }

@@ -3,6 +3,7 @@
 //! [`Connection`] is one TCP connection: bytes go in, answers come out. Everything a peer can make it keep is bounded: a head
 //! by [`MAX_HEAD`], a body by the API's limits, and an answer is made no faster than the peer takes it.
 
+mod body;
 mod chunked;
 mod connection;
 mod query;

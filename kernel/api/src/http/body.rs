@@ -1,0 +1,84 @@
+//! A request's body while it arrives, bounded by itself and together with all others.
+
+use alloc::format;
+use alloc::vec::Vec;
+
+use super::chunked;
+use super::request::{BodyLength, Head};
+use crate::budget::Share;
+use crate::error::{ApiError, ErrorCode};
+use crate::router::Route;
+
+/// A request whose body is arriving.
+#[derive(Debug)]
+pub(super) struct Incoming {
+    pub(super) head: Head,
+    pub(super) route: Route,
+    pub(super) body: Vec<u8>,
+    /// When the head was read.
+    pub(super) since_ns: u64,
+    coding: Coding,
+    share: Share,
+}
+
+#[derive(Debug)]
+enum Coding {
+    Left(u64),
+    Chunked(chunked::Decoder),
+}
+
+impl Incoming {
+    /// The body of a request that was just admitted.
+    pub(super) fn new(head: Head, route: Route, share: Share, since_ns: u64) -> Self {
+        let coding = match head.body {
+            BodyLength::Known(len) => Coding::Left(len),
+            BodyLength::Chunked => Coding::Chunked(chunked::Decoder::new()),
+        };
+        Self { head, route, body: Vec::new(), since_ns, coding, share }
+    }
+
+    /// Takes what `rest` has of the body: how many bytes of it, 0 when nothing more can be taken.
+    pub(super) fn take(&mut self, rest: &[u8], limit: usize) -> Result<usize, ApiError> {
+        let (used, data) = match &mut self.coding {
+            Coding::Left(left) => {
+                let wanted = usize::try_from(*left).unwrap_or(usize::MAX);
+                let data = rest.get(..wanted).unwrap_or(rest);
+                *left = left.saturating_sub(data.len() as u64);
+                (data.len(), data)
+            }
+            Coding::Chunked(decoder) => decoder.decode(rest).map_err(|error| {
+                ApiError::new(ErrorCode::MalformedRequest, format!("the body is not in chunks: {}", error.0))
+            })?,
+        };
+        let len = self.body.len().saturating_add(data.len());
+        if len > limit {
+            return Err(too_large(limit));
+        }
+        if len > self.body.capacity() {
+            let capacity = len.checked_next_power_of_two().unwrap_or(len).clamp(1024, limit.max(1024));
+            if !self.share.grow(capacity.saturating_sub(self.body.capacity())) {
+                return Err(overloaded());
+            }
+            self.body.reserve_exact(capacity.saturating_sub(self.body.len()));
+        }
+        self.body.extend_from_slice(data);
+        Ok(used)
+    }
+
+    pub(super) fn is_done(&self) -> bool {
+        match &self.coding {
+            Coding::Left(left) => *left == 0,
+            Coding::Chunked(decoder) => decoder.is_done(),
+        }
+    }
+}
+
+pub(super) fn too_large(limit: usize) -> ApiError {
+    ApiError::new(ErrorCode::BodyTooLarge, format!("a request's body may have {limit} bytes at most"))
+}
+
+pub(super) fn overloaded() -> ApiError {
+    let message =
+        "more requests and answers are under way than this node has memory for; try again in a moment";
+    ApiError::new(ErrorCode::Overloaded, message).with_header("Retry-After", "1")
+}
