@@ -35,7 +35,9 @@ fn main() -> ExitCode {
 
 /// From start to the end of the conversation with the node.
 fn run(init: bool) -> Result<(), String> {
-    let mut settings = Settings::from_arguments(std::env::args().skip(1))?;
+    // The kernel hands words of its command line that it does not know to PID 1 as arguments; they mean nothing here.
+    let arguments = std::env::args().skip(1).filter(|_| !init);
+    let mut settings = Settings::from_arguments(arguments)?;
     if init {
         system::start(&mut settings)?;
     } else {
