@@ -4,12 +4,12 @@ section() { printf '\n--- %s\n' "$*"; }
 
 section "the machine"
 uname -srvm
-awk -F': *' '/^(model name|hypervisor_vendor)/ { print "processor:  " $2 }' /proc/cpuinfo
-awk '/^(MemTotal|MemAvailable):/ { printf "%-12s%d MiB\n", $1, $2 / 1024 }' /proc/meminfo
-echo "clock:      $(cat /sys/devices/system/clocksource/clocksource0/current_clocksource)"
-echo "devices:    $(ls /sys/bus/pci/devices | wc -l) on PCI, $(ls /sys/bus/virtio/devices | wc -l) of them virtio"
-echo "up for:     $(cut -d' ' -f1 /proc/uptime) s"
-echo "user:       $(id -un), in $(pwd)"
+awk -F': *' '/^(model name|hypervisor_vendor)/ { print "processor:    " $2 }' /proc/cpuinfo
+awk '/^(MemTotal|MemAvailable):/ { printf "%-14s%d MiB\n", $1, $2 / 1024 }' /proc/meminfo
+echo "clock:        $(cat /sys/devices/system/clocksource/clocksource0/current_clocksource)"
+echo "devices:      $(ls /sys/bus/pci/devices | wc -l) on PCI, $(ls /sys/bus/virtio/devices | wc -l) of them virtio"
+echo "up for:       $(cut -d' ' -f1 /proc/uptime) s"
+echo "user:         $(id -un), in $(pwd)"
 
 section "eight processes side by side"
 for number in 1 2 3 4 5 6 7 8; do

@@ -104,7 +104,7 @@ pub(crate) fn run(toolchain: &Toolchain, arguments: &Arguments) -> Result<ExitCo
 /// Phases, exits and memory, as a person reads them.
 fn summary(built: Duration, started: Duration, before: &Host, after: &Host, job: &Job) -> String {
     let mut text = String::from("\n== summary\n");
-    let mut line = |name: &str, value: String| text.push_str(&format!("   {name:<34} {value}\n"));
+    let mut line = |name: &str, value: String| text.push_str(&format!("   {name:<36} {value}\n"));
     let milliseconds =
         |value: Option<u64>| value.map_or("-".to_owned(), |value| span(Duration::from_millis(value)));
 

@@ -1,0 +1,249 @@
+//! Host tests of the kernel's parts that need no hardware. The kernel itself is built for a target without a test harness, so its
+//! files are taken in by path.
+#![allow(dead_code, reason = "the kernel uses what these tests do not")]
+
+extern crate alloc;
+
+#[path = "../../../kernel/src/boot/command_line.rs"]
+mod command_line;
+
+mod memory {
+    #[path = "../../../../kernel/src/memory/frames.rs"]
+    pub mod frames;
+}
+
+mod hypervisor {
+    #[path = "../../../../kernel/src/hypervisor/exit.rs"]
+    pub mod exit;
+    #[path = "../../../../kernel/src/hypervisor/nested.rs"]
+    pub mod nested;
+    #[path = "../../../../kernel/src/hypervisor/ram.rs"]
+    pub mod ram;
+    #[path = "../../../../kernel/src/hypervisor/refusal.rs"]
+    pub mod refusal;
+
+    pub mod svm {
+        #[path = "../../../../../kernel/src/hypervisor/svm/features.rs"]
+        pub mod features;
+    }
+}
+
+use command_line::CommandLine;
+use hypervisor::nested::{NestedEntry, NestedTable};
+use hypervisor::ram::{Ram, RamView};
+use hypervisor::svm::features::{check, feature};
+use memory::frames::{FramePool, LARGE_FRAME, SMALL_FRAME, SMALL_PER_LARGE};
+use nestling_machine::address::GuestPhysAddr;
+use nestling_machine::layout::{HIGH_RAM_START, LOW_RAM_END};
+use nestling_machine::memory::{GuestMemory, MemoryError};
+
+/// Memory that stays allocated: the pool believes that it owns it for ever.
+fn pool_of(large_frames: usize) -> FramePool {
+    let layout = std::alloc::Layout::from_size_align(large_frames * LARGE_FRAME as usize, LARGE_FRAME as usize).unwrap();
+    // SAFETY: the layout is not empty, and every byte is initialised below.
+    let start = unsafe { std::alloc::alloc(layout) };
+    assert!(!start.is_null());
+    // SAFETY: just allocated with this size. Rubbish in it shows whether frames are zeroed.
+    unsafe { std::ptr::write_bytes(start, 0xA5, layout.size()) };
+    let mut pool = FramePool::new();
+    pool.add(start as u64, start as u64 + layout.size() as u64);
+    pool
+}
+
+fn is_zero(address: u64, bytes: u64) -> bool {
+    // SAFETY: the address comes from a pool made by `pool_of`.
+    let content = unsafe { std::slice::from_raw_parts(address as *const u8, bytes as usize) };
+    content.iter().all(|byte| *byte == 0)
+}
+
+fn soil(address: u64, bytes: u64) {
+    // SAFETY: the address comes from a pool made by `pool_of`.
+    unsafe { std::ptr::write_bytes(address as *mut u8, 0x5A, bytes as usize) };
+}
+
+#[test]
+fn frames_are_zero_when_they_are_handed_out_however_they_came_back() {
+    let mut pool = pool_of(3);
+    for round in 0..4 {
+        let large = pool.large().unwrap();
+        let small = pool.small().unwrap();
+        assert!(is_zero(large.address(), LARGE_FRAME) && is_zero(small.address(), SMALL_FRAME), "round {round}");
+        soil(large.address(), LARGE_FRAME);
+        soil(small.address(), SMALL_FRAME);
+        pool.free_large(large);
+        pool.free_small(small);
+        if round % 2 == 0 {
+            while pool.clean_one() {}
+        }
+    }
+}
+
+#[test]
+fn every_frame_that_was_taken_is_counted_and_comes_back() {
+    let mut pool = pool_of(4);
+    let all = (4 * SMALL_PER_LARGE, 4 * SMALL_PER_LARGE);
+    assert_eq!(pool.counts(), all);
+    let small: Vec<_> = std::iter::from_fn(|| pool.small()).take(SMALL_PER_LARGE + 7).collect();
+    assert_eq!(pool.counts().0, all.0 - SMALL_PER_LARGE - 7);
+    let large: Vec<_> = std::iter::from_fn(|| pool.large()).collect();
+    assert_eq!(large.len(), 2, "two of four large frames were split");
+    small.into_iter().for_each(|frame| pool.free_small(frame));
+    large.into_iter().for_each(|frame| pool.free_large(frame));
+    assert_eq!(pool.counts(), all);
+    assert_eq!(std::iter::from_fn(|| pool.large()).count(), 4, "split frames are whole again");
+}
+
+#[test]
+fn an_empty_pool_refuses_and_no_two_owners_share_a_frame() {
+    let mut pool = pool_of(1);
+    let frames: Vec<_> = std::iter::from_fn(|| pool.small()).collect();
+    assert_eq!(frames.len(), SMALL_PER_LARGE);
+    assert!(pool.small().is_none() && pool.large().is_none());
+    let mut addresses: Vec<_> = frames.iter().map(|frame| frame.address()).collect();
+    addresses.sort_unstable();
+    addresses.dedup();
+    assert_eq!(addresses.len(), SMALL_PER_LARGE);
+    frames.into_iter().for_each(|frame| pool.free_small(frame));
+}
+
+/// A format of its own, so that the walk is tested and not a vendor's bits.
+struct TestEntry;
+
+impl NestedEntry for TestEntry {
+    fn table(physical: u64) -> u64 {
+        physical | 1
+    }
+
+    fn large_leaf(physical: u64) -> u64 {
+        physical | 3
+    }
+
+    fn is_present(entry: u64) -> bool {
+        entry & 1 != 0
+    }
+
+    fn address(entry: u64) -> u64 {
+        entry & !0xFFF
+    }
+}
+
+fn walk(root: u64, at: u64) -> Option<u64> {
+    let mut table = root;
+    for level in [3, 2, 1] {
+        // SAFETY: the table's frames come from `pool_of`.
+        let entry = unsafe { *((table + (at >> (12 + 9 * level) & 511) * 8) as *const u64) };
+        if !TestEntry::is_present(entry) {
+            return None;
+        }
+        table = TestEntry::address(entry);
+    }
+    Some(table)
+}
+
+#[test]
+fn a_nested_table_maps_what_it_was_told_and_nothing_else_and_gives_its_frames_back() {
+    let mut pool = pool_of(4);
+    let before = pool.counts();
+    let mut table = NestedTable::<TestEntry>::new(&mut pool).unwrap();
+    let frame = pool.large().unwrap();
+    for at in [0, LARGE_FRAME, 0xBFE0_0000, HIGH_RAM_START, 0x7FFF_FFE0_0000] {
+        assert_eq!(walk(table.root(), at), None);
+        assert!(table.map(GuestPhysAddr(at + 0x1234), &frame, &mut pool));
+        assert_eq!(walk(table.root(), at), Some(frame.address()));
+        assert_eq!(walk(table.root(), at + LARGE_FRAME), None);
+    }
+    table.free(&mut pool);
+    pool.free_large(frame);
+    assert_eq!(pool.counts(), before);
+}
+
+#[test]
+fn ram_is_backed_on_the_first_write_only_and_reads_as_zero_before() {
+    let mut pool = pool_of(4);
+    let before = pool.counts();
+    let mut ram = Ram::new(8 * LARGE_FRAME);
+    let mut view = RamView { ram: &mut ram, pool: &mut pool };
+    let mut bytes = [0xFF; 16];
+    view.read(GuestPhysAddr(3 * LARGE_FRAME), &mut bytes).unwrap();
+    assert_eq!(bytes, [0; 16]);
+    // Across a border of two frames.
+    view.write(GuestPhysAddr(2 * LARGE_FRAME - 8), &[7; 16]).unwrap();
+    view.read(GuestPhysAddr(2 * LARGE_FRAME - 8), &mut bytes).unwrap();
+    assert_eq!(bytes, [7; 16]);
+    assert_eq!(ram.backed_bytes(), 2 * LARGE_FRAME);
+    ram.free(&mut pool);
+    assert_eq!(pool.counts(), before);
+}
+
+#[test]
+fn what_is_not_ram_is_refused_and_so_is_a_range_that_leaves_it() {
+    let mut pool = pool_of(2);
+    let mut ram = Ram::new(LARGE_FRAME);
+    let mut view = RamView { ram: &mut ram, pool: &mut pool };
+    for at in [LARGE_FRAME, LARGE_FRAME - 1, LOW_RAM_END, HIGH_RAM_START, u64::MAX, u64::MAX - LARGE_FRAME] {
+        let refused = MemoryError::NotRam { at: GuestPhysAddr(at), length: 2 };
+        assert_eq!(view.write(GuestPhysAddr(at), &[1, 2]), Err(refused), "{at:#x}");
+        assert_eq!(view.read(GuestPhysAddr(at), &mut [0; 2]), Err(refused), "{at:#x}");
+    }
+    ram.free(&mut pool);
+}
+
+#[test]
+fn ram_beyond_the_low_part_continues_at_four_gibibytes() {
+    let ram = Ram::new(LOW_RAM_END + LARGE_FRAME);
+    assert!(ram.contains(GuestPhysAddr(LOW_RAM_END - 1)));
+    assert!(!ram.contains(GuestPhysAddr(LOW_RAM_END)));
+    assert!(ram.contains(GuestPhysAddr(HIGH_RAM_START)));
+    assert!(!ram.contains(GuestPhysAddr(HIGH_RAM_START + LARGE_FRAME)));
+}
+
+#[test]
+fn a_machine_without_free_frames_is_told_so() {
+    let mut pool = pool_of(1);
+    let mut ram = Ram::new(4 * LARGE_FRAME);
+    let mut view = RamView { ram: &mut ram, pool: &mut pool };
+    view.write(GuestPhysAddr(0), &[1]).unwrap();
+    assert_eq!(view.write(GuestPhysAddr(LARGE_FRAME), &[1]), Err(MemoryError::OutOfFrames));
+    ram.free(&mut pool);
+}
+
+const MAX_LEAF: u32 = 0x8000_000A;
+const SVM: u32 = 1 << 2;
+
+#[test]
+fn svm_that_the_firmware_disabled_and_locked_is_refused_with_the_cure() {
+    let refusal = check(MAX_LEAF, SVM, feature::NESTED_PAGING, 1 << 4 | 1 << 3).unwrap_err().to_string();
+    assert!(refusal.contains("locked by the firmware") && refusal.contains("enable SVM (AMD-V)"), "{refusal}");
+    let unlocked = check(MAX_LEAF, SVM, feature::NESTED_PAGING, 1 << 4).unwrap_err().to_string();
+    assert!(unlocked.contains("disabled") && !unlocked.contains("locked"), "{unlocked}");
+}
+
+#[test]
+fn a_cpu_without_svm_or_nested_paging_is_refused_with_the_cure() {
+    for (max_leaf, ecx) in [(0x8000_0008, SVM), (MAX_LEAF, 0)] {
+        let refusal = check(max_leaf, ecx, u32::MAX, 0).unwrap_err().to_string();
+        assert!(refusal.contains("nested virtualization"), "{refusal}");
+    }
+    let refusal = check(MAX_LEAF, SVM, !feature::NESTED_PAGING, 0).unwrap_err().to_string();
+    assert!(refusal.contains("nested paging"), "{refusal}");
+    assert!(check(MAX_LEAF, SVM, feature::NESTED_PAGING, 0).is_ok());
+}
+
+#[test]
+fn the_last_of_several_values_on_the_command_line_counts() {
+    let line = CommandLine::new("token=a  ip=dhcp token=b quiet =x");
+    assert_eq!(line.value("token"), Some("b"));
+    assert_eq!(line.value("ip"), Some("dhcp"));
+    assert_eq!(line.value("quiet"), None);
+    assert_eq!(line.words().count(), 5);
+}
+
+#[test]
+fn an_exit_that_was_a_ram_fault_is_counted_once() {
+    use hypervisor::exit::{ExitCounts, MMIO, RAM_FAULT};
+    let mut counts = ExitCounts::default();
+    counts.count(MMIO);
+    counts.count(MMIO);
+    counts.recount(MMIO, RAM_FAULT);
+    assert_eq!(counts.iter().collect::<Vec<_>>(), [("ram_fault", 1), ("mmio", 1)]);
+}
