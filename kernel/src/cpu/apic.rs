@@ -134,6 +134,11 @@ pub fn timer_init(ticks: u64, ns: u64) {
     }
 }
 
+/// Called when the timer has fired, which may be before its deadline: the next [`timer_arm`] arms it again.
+pub fn timer_fired() {
+    ARMED.store(0, Ordering::Relaxed);
+}
+
 /// Makes the timer fire at `deadline` (ns since boot), or not at all. Early firings are possible: look at the clock.
 pub fn timer_arm(deadline: Option<u64>) {
     let target = deadline.unwrap_or(0);

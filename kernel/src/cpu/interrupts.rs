@@ -52,6 +52,9 @@ pub fn arrived(vector: u8) {
         return;
     }
     PENDING[usize::from(vector)].store(true, Ordering::Relaxed);
+    if vector == TIMER {
+        apic::timer_fired();
+    }
     if vector >= FIRST_DEVICE {
         ANY_DEVICE.store(true, Ordering::Relaxed);
     }
