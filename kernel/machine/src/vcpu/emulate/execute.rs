@@ -225,7 +225,10 @@ impl Executor<'_, '_> {
             let new = self.get(&source)?;
             self.set(&destination, new)?;
         } else {
-            self.set(&destination, found)?;
+            // Memory is written all the same; a register keeps even its upper half.
+            if let Place::Memory(_) = destination {
+                self.set(&destination, found)?;
+            }
             self.machine.set_register(accumulator, found);
         }
         self.set_flags(STATUS, outcome.flags);
