@@ -12,7 +12,6 @@ use alloc::vec::Vec;
 use nestling_api::Clock;
 use nestling_api::jobs::{JobId, JobStore, QueuedJob};
 use nestling_api::time::MILLISECOND;
-use nestling_machine::platform::VsockState;
 
 use super::images::Image;
 use super::machines::{CreateError, MachineSpec, Machines};
@@ -68,7 +67,7 @@ impl<Id: Copy> Engine<Id> {
                 jobs.update(run.job, exits, peak_mib);
             }
             // A machine that has ended by itself may have left output that a slow reader of the log does not let through yet.
-            let drained = machines.vsock(run.machine).is_none_or(|vsock| vsock.readable() == 0);
+            let drained = machines.agent(run.machine).is_none_or(|agent| agent.readable() == 0);
             let over = jobs.finished(run.job) || (drained && machines.ended(run.machine).is_some());
             if over {
                 let report = machines.destroy(run.machine);
@@ -121,26 +120,26 @@ impl<Id: Copy> Run<Id> {
         buffer: &mut [u8],
         now: Clock,
     ) {
-        let Some(vsock) = machines.vsock(self.machine) else { return };
-        if !self.connected && vsock.state() != VsockState::Listening {
+        let Some(agent) = machines.agent(self.machine) else { return };
+        if !self.connected && agent.has_connected() {
             self.connected = true;
             jobs.agent_connected(self.job);
         }
         loop {
             let room = jobs.receive_capacity(self.job, now).min(buffer.len());
             let Some(place) = buffer.get_mut(..room).filter(|place| !place.is_empty()) else { break };
-            let count = vsock.receive(place);
+            let count = agent.receive(place);
             let Some(bytes) = place.get(..count).filter(|bytes| !bytes.is_empty()) else { break };
             jobs.receive(self.job, bytes, now);
         }
         loop {
-            let count = vsock.send(jobs.transmit(self.job));
+            let count = agent.send(jobs.transmit(self.job));
             if count == 0 {
                 break;
             }
             jobs.transmitted(self.job, count);
         }
-        if self.connected && !self.hung_up && vsock.guest_finished() && vsock.readable() == 0 {
+        if self.connected && !self.hung_up && agent.has_finished() && agent.readable() == 0 {
             self.hung_up = true;
             jobs.agent_disconnected(self.job, now);
         }

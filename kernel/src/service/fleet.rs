@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use super::machines::{CreateError, HypervisorReport, MachineSpec, Machines};
+use super::machines::{AgentLink, CreateError, HypervisorReport, MachineSpec, Machines};
 use crate::cpu::clock;
 use crate::hypervisor::{self, Backend, End, ExitCounts, Fleet, MachineId};
 use crate::memory::frames::SMALL_FRAME;
@@ -13,7 +13,7 @@ use alloc::string::{String, ToString};
 use nestling_api::jobs::{MachineEnd, MachineReport};
 use nestling_api::types::{HostMemory, Vendor};
 use nestling_machine::platform::linux::LinuxImage;
-use nestling_machine::platform::{self, VsockHost};
+use nestling_machine::platform::{self, VsockHost, VsockState};
 
 /// Memory sizes are whole large frames.
 const MEMORY_STEP_MIB: u32 = 2;
@@ -64,8 +64,8 @@ impl<B: Backend> Machines for Fleet<B> {
         })
     }
 
-    fn vsock(&mut self, id: MachineId) -> Option<&mut VsockHost> {
-        Self::vsock(self, id)
+    fn agent(&mut self, id: MachineId) -> Option<&mut dyn AgentLink> {
+        self.vsock(id).map(|vsock| vsock as &mut dyn AgentLink)
     }
 
     fn ended(&self, id: MachineId) -> Option<MachineEnd> {
@@ -129,5 +129,27 @@ impl<B: Backend> Machines for Fleet<B> {
             exits: by_kind(&self.total_exits()),
             tsc_khz: clock::khz(),
         }
+    }
+}
+
+impl AgentLink for VsockHost {
+    fn has_connected(&self) -> bool {
+        self.state() != VsockState::Listening
+    }
+
+    fn has_finished(&self) -> bool {
+        self.guest_finished()
+    }
+
+    fn readable(&self) -> usize {
+        Self::readable(self)
+    }
+
+    fn receive(&mut self, into: &mut [u8]) -> usize {
+        Self::receive(self, into)
+    }
+
+    fn send(&mut self, from: &[u8]) -> usize {
+        Self::send(self, from)
     }
 }

@@ -7,7 +7,6 @@ use alloc::string::String;
 
 use nestling_api::jobs::{MachineEnd, MachineReport};
 use nestling_api::types::{HostMemory, Vendor};
-use nestling_machine::platform::VsockHost;
 
 /// What a machine is made from.
 #[derive(Debug, Clone, Copy)]
@@ -50,6 +49,24 @@ pub struct HypervisorReport {
     pub tsc_khz: u64,
 }
 
+/// The node's end of the conversation with the agent in a machine. Bytes move when the machine runs next.
+pub trait AgentLink {
+    /// The agent has connected; it may have hung up since.
+    fn has_connected(&self) -> bool;
+
+    /// The agent will send nothing more than what is [`AgentLink::readable`].
+    fn has_finished(&self) -> bool;
+
+    /// Bytes that [`AgentLink::receive`] can give.
+    fn readable(&self) -> usize;
+
+    /// Takes received bytes; returns how many.
+    fn receive(&mut self, into: &mut [u8]) -> usize;
+
+    /// Queues bytes for the agent; returns how many were taken.
+    fn send(&mut self, from: &[u8]) -> usize;
+}
+
 /// The machines of a node. They run between the calls of [`super::Service::poll`].
 pub trait Machines {
     /// Names a machine that exists.
@@ -61,9 +78,8 @@ pub trait Machines {
     /// [`CreateError`].
     fn create(&mut self, spec: &MachineSpec<'_>) -> Result<Self::Id, CreateError>;
 
-    /// The host's end of the machine's vsock. Bytes given to it or taken from it are moved when the machine runs next. `None` when
-    /// there is no such machine (any more).
-    fn vsock(&mut self, id: Self::Id) -> Option<&mut VsockHost>;
+    /// The conversation with the machine's agent. `None` when there is no such machine (any more).
+    fn agent(&mut self, id: Self::Id) -> Option<&mut dyn AgentLink>;
 
     /// Whether and how the machine has ended.
     fn ended(&self, id: Self::Id) -> Option<MachineEnd>;

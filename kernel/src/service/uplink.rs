@@ -89,6 +89,8 @@ struct Link {
     nic: Box<dyn Nic>,
     received: Box<[u8]>,
     sending: Box<[u8]>,
+    /// Received frames wait although no interrupt will tell of them again.
+    behind: bool,
 }
 
 struct Received<'a>(&'a [u8]);
@@ -127,6 +129,7 @@ impl Device for Link {
     fn receive(&mut self, _: Instant) -> Option<(Received<'_>, Sending<'_>)> {
         // A received frame may need an answer at once: without room for that it has to wait.
         if !self.nic.can_transmit() {
+            self.behind = true;
             return None;
         }
         let length = self.nic.receive(&mut self.received)?;
@@ -170,7 +173,7 @@ impl Uplink {
     pub fn new(nic: Box<dyn Nic>, addressing: Addressing, port: u16, seed: u64, now: u64) -> Self {
         let mac = EthernetAddress(nic.mac());
         let buffer = || vec![0; MAX_FRAME_BYTES].into_boxed_slice();
-        let mut link = Link { nic, received: buffer(), sending: buffer() };
+        let mut link = Link { nic, received: buffer(), sending: buffer(), behind: false };
         let mut config = Config::new(HardwareAddress::Ethernet(mac));
         config.random_seed = seed;
         let interface = Interface::new(config, &mut link, instant(now));
@@ -194,12 +197,14 @@ impl Uplink {
     pub fn receive(&mut self, now: u64, mut state_changed: impl FnMut(&mut SocketSet<'static>)) {
         // Interrupts only wake the loop; every call looks at the ring.
         self.link.nic.take_interrupt();
-        for _ in 0..FRAMES_PER_POLL {
+        self.link.behind = false;
+        for frame in 1..=FRAMES_PER_POLL {
             match self.interface.poll_ingress_single(instant(now), &mut self.link, &mut self.sockets) {
                 PollIngressSingleResult::None => break,
                 PollIngressSingleResult::PacketProcessed => {}
                 PollIngressSingleResult::SocketStateChanged => state_changed(&mut self.sockets),
             }
+            self.link.behind |= frame == FRAMES_PER_POLL;
         }
         self.follow_dhcp(now);
     }
@@ -221,7 +226,8 @@ impl Uplink {
             // What could not be sent now for want of room in the interface's queue is tried again soon, not at once.
             if at <= now { now.saturating_add(POLL_INTERVAL_NS) } else { at }
         });
-        let polling = (!self.link.nic.has_interrupt()).then(|| now.saturating_add(POLL_INTERVAL_NS));
+        let polling = (self.link.behind || !self.link.nic.has_interrupt())
+            .then(|| now.saturating_add(POLL_INTERVAL_NS));
         let patience = self
             .dhcp
             .as_ref()
