@@ -72,7 +72,7 @@ impl Record {
             machine_config: plan.machine_config,
             steps: steps.collect(),
             timings: Timings::default(),
-            exits: BTreeMap::new(),
+            exits: BTreeMap::from([("total".to_string(), 0)]),
             memory: JobMemory::default(),
             log: LogInfo::default(),
             queue_position: None,
