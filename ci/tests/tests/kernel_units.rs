@@ -7,23 +7,18 @@ extern crate alloc;
 #[path = "../../../kernel/src/boot/command_line.rs"]
 mod command_line;
 
+#[path = "../../../kernel/src/memory"]
 mod memory {
-    #[path = "../../../../kernel/src/memory/frames.rs"]
     pub mod frames;
 }
 
+#[path = "../../../kernel/src/hypervisor"]
 mod hypervisor {
-    #[path = "../../../../kernel/src/hypervisor/exit.rs"]
     pub mod exit;
-    #[path = "../../../../kernel/src/hypervisor/nested.rs"]
     pub mod nested;
-    #[path = "../../../../kernel/src/hypervisor/ram.rs"]
     pub mod ram;
-    #[path = "../../../../kernel/src/hypervisor/refusal.rs"]
     pub mod refusal;
-
     pub mod svm {
-        #[path = "../../../../../kernel/src/hypervisor/svm/features.rs"]
         pub mod features;
     }
 }

@@ -175,7 +175,7 @@ fn dump(f: &TrapFrame) {
 pub fn backtrace(rip: u64, mut rbp: u64) {
     write_raw(format_args!("backtrace (addr2line -fe nestling-kernel ADDRESS...):\r\n  {rip:#x}\r\n"));
     for _ in 0..32 {
-        if rbp == 0 || rbp % 8 != 0 || !is_mapped(rbp) || !is_mapped(rbp + 15) {
+        if rbp == 0 || !rbp.is_multiple_of(8) || !is_mapped(rbp) || !is_mapped(rbp + 15) {
             break;
         }
         // SAFETY: aligned and mapped, just checked; a wrong frame pointer reads some number, no more.

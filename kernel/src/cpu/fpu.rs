@@ -8,7 +8,7 @@ use alloc::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use core::arch::asm;
 use core::ptr::NonNull;
 use x86_64::registers::control::{Cr0, Cr0Flags, Cr4, Cr4Flags};
-use x86_64::registers::xcontrol::{XCr0, XCr0Flags};
+use x86_64::registers::xcontrol::XCr0;
 
 /// The components L1 knows how to keep apart between machines: x87, SSE, AVX, AVX-512, PKRU.
 pub const MANAGED: u64 = 0b10_1110_0111;
@@ -45,11 +45,6 @@ pub fn init() -> Result<u64, &'static str> {
 pub fn load_xcr0(value: u64) {
     // SAFETY: the caller passes a value already validated; it only decides which instructions fault.
     unsafe { XCr0::write_raw(value) };
-}
-
-/// XCR0 as it is.
-pub fn xcr0() -> u64 {
-    XCr0::read().bits() | (XCr0::read_raw() & !XCr0Flags::all().bits())
 }
 
 /// A vCPU's saved state.

@@ -37,7 +37,11 @@ struct Logger;
 
 impl Log for Logger {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        metadata.level() <= log::max_level()
+        // Libraries' everyday news are of use only to who asks for all of it.
+        let own = metadata.target().starts_with("nestling");
+        let floor =
+            if own || log::max_level() > LevelFilter::Info { log::max_level() } else { LevelFilter::Warn };
+        metadata.level() <= floor
     }
 
     fn log(&self, record: &Record<'_>) {

@@ -2,25 +2,10 @@
 
 use super::exit::Exit;
 use super::nested::NestedEntry;
-use core::fmt;
+use super::refusal::Refusal;
 use nestling_machine::address::{GuestTsc, Vector};
 use nestling_machine::state::{Exception, Registers, SystemState};
 use nestling_machine::vcpu::CpuContext;
-
-/// Why this node cannot run machines: what is missing, and what to enable where.
-#[derive(Clone, Copy, Debug)]
-pub struct Refusal {
-    /// The missing feature.
-    pub missing: &'static str,
-    /// What to do about it.
-    pub remedy: &'static str,
-}
-
-impl fmt::Display for Refusal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.missing, self.remedy)
-    }
-}
 
 /// One vendor's virtualization, switched on on this core.
 pub trait Backend: Sized {

@@ -132,11 +132,6 @@ impl ExitCounts {
         }
     }
 
-    /// All exits.
-    pub fn total(&self) -> u64 {
-        self.0.iter().sum()
-    }
-
     /// Name and count of every kind that occurred.
     pub fn iter(&self) -> impl Iterator<Item = (&'static str, u64)> {
         KINDS.into_iter().zip(self.0).filter(|(_, count)| *count > 0)

@@ -6,10 +6,11 @@ mod fleet;
 mod machine;
 mod nested;
 mod ram;
+mod refusal;
 mod run;
 mod svm;
 
-pub use backend::{Backend, Refusal};
+pub use backend::Backend;
 pub use exit::ExitCounts;
 pub use fleet::{Fleet, MachineId};
 pub use machine::{CreateError, End};

@@ -18,11 +18,6 @@ impl Ram {
         Self { frames: (0..bytes / LARGE_FRAME).map(|_| None).collect() }
     }
 
-    /// Size in bytes.
-    pub fn bytes(&self) -> u64 {
-        self.frames.len() as u64 * LARGE_FRAME
-    }
-
     /// Bytes that are backed by frames.
     pub fn backed_bytes(&self) -> u64 {
         self.frames.iter().flatten().count() as u64 * LARGE_FRAME

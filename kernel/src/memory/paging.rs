@@ -79,7 +79,7 @@ pub fn init(boot: &BootInfo) {
 
 fn identity(mapper: &mut OffsetPageTable<'_>, mut start: u64, end: u64, flags: PageTableFlags) {
     while start < end {
-        let large = start % Size2MiB::SIZE == 0 && end - start >= Size2MiB::SIZE;
+        let large = start.is_multiple_of(Size2MiB::SIZE) && end - start >= Size2MiB::SIZE;
         let physical = PhysAddr::new(start);
         // SAFETY: an identity mapping of memory whose only users agree with these flags.
         let mapped = unsafe {

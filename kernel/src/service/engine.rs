@@ -160,3 +160,172 @@ fn create<M: Machines>(job: &QueuedJob, images: &[Image], machines: &mut M) -> R
         vcpu_count: job.machine_config.vcpu_count,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{FakeMachines, at, image, queue_job};
+    use super::*;
+    use nestling_api::Limits;
+    use nestling_api::agent::{AgentMessage, Hello, StepCompleted, StepStarted};
+    use nestling_api::jobs::MachineEnd;
+    use nestling_api::types::{Conclusion, Status};
+
+    struct Bench {
+        engine: Engine<u32>,
+        jobs: JobStore,
+        machines: FakeMachines,
+        images: Vec<Image>,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            let jobs = JobStore::new(Limits::default());
+            Self {
+                engine: Engine::new(),
+                jobs,
+                machines: FakeMachines::default(),
+                images: vec![image("minimal")],
+            }
+        }
+
+        fn poll(&mut self, ms: u64) {
+            self.engine.poll(&mut self.jobs, &self.images, &mut self.machines, at(ms));
+        }
+
+        fn say(&mut self, machine: u32, message: &AgentMessage) {
+            self.machines.alive.get_mut(&machine).unwrap().say(message);
+        }
+
+        fn hello(&mut self, machine: u32) {
+            self.say(
+                machine,
+                &AgentMessage::Hello(Hello { protocol: 1, agent: "0".into(), kernel: "6".into() }),
+            );
+        }
+    }
+
+    fn completed(code: i32) -> AgentMessage {
+        AgentMessage::StepCompleted(StepCompleted {
+            index: 0,
+            exit_code: Some(code),
+            signal: None,
+            timed_out: false,
+        })
+    }
+
+    #[test]
+    fn a_job_gets_a_machine_runs_and_gives_it_back_with_its_figures() {
+        let mut bench = Bench::new();
+        let id = queue_job(&mut bench.jobs, 1);
+        bench.poll(0);
+        assert_eq!(bench.jobs.get(id).unwrap().status, Status::InProgress);
+        bench.hello(1);
+        bench.poll(1);
+        assert!(!bench.machines.alive[&1].from_node.is_empty(), "the agent was given its step");
+        bench.say(1, &AgentMessage::StepStarted(StepStarted { index: 0 }));
+        bench.say(1, &AgentMessage::Stdout(b"hi".to_vec()));
+        bench.say(1, &completed(7));
+        bench.poll(2);
+        let job = bench.jobs.get(id).unwrap();
+        assert_eq!((job.conclusion, job.exit_code, job.log.bytes), (Some(Conclusion::Failure), Some(7), 2));
+        assert_eq!((job.exits["cpuid"], job.memory.peak_mib), (3, Some(64)));
+        assert!(bench.machines.alive.is_empty());
+        assert_eq!(bench.engine.running(), 0);
+    }
+
+    #[test]
+    fn jobs_run_one_after_another_where_one_machine_may_exist() {
+        let mut bench = Bench::new();
+        let ids = [queue_job(&mut bench.jobs, 1), queue_job(&mut bench.jobs, 2)];
+        bench.poll(0);
+        bench.poll(1);
+        assert_eq!(bench.machines.made, 1);
+        bench.hello(1);
+        bench.say(1, &AgentMessage::StepStarted(StepStarted { index: 0 }));
+        bench.say(1, &completed(0));
+        bench.poll(2);
+        assert_eq!(bench.jobs.get(ids[0]).unwrap().conclusion, Some(Conclusion::Success));
+        assert_eq!(bench.jobs.get(ids[1]).unwrap().status, Status::InProgress);
+        assert_eq!(bench.machines.made, 2, "the next machine is made in the round that ended the one before");
+    }
+
+    #[test]
+    fn a_machine_that_ends_by_itself_makes_a_system_failure_with_its_console() {
+        let mut bench = Bench::new();
+        let id = queue_job(&mut bench.jobs, 1);
+        bench.poll(0);
+        bench.machines.ended.insert(1, MachineEnd::TripleFault);
+        bench.poll(1);
+        let job = bench.jobs.get(id).unwrap();
+        assert_eq!(job.conclusion, Some(Conclusion::SystemFailure));
+        assert!(job.failure_reason.unwrap().contains("triple fault"));
+        assert_eq!(job.console.as_deref(), Some("the last line"));
+        assert!(bench.machines.alive.is_empty());
+    }
+
+    #[test]
+    fn a_result_that_was_on_its_way_counts_though_the_machine_has_ended() {
+        let mut bench = Bench::new();
+        let id = queue_job(&mut bench.jobs, 1);
+        bench.poll(0);
+        bench.hello(1);
+        bench.poll(1);
+        bench.say(1, &AgentMessage::StepStarted(StepStarted { index: 0 }));
+        bench.say(1, &completed(0));
+        bench.machines.ended.insert(1, MachineEnd::PowerOff);
+        bench.poll(2);
+        assert_eq!(bench.jobs.get(id).unwrap().conclusion, Some(Conclusion::Success));
+    }
+
+    #[test]
+    fn an_agent_that_hangs_up_makes_a_system_failure() {
+        let mut bench = Bench::new();
+        let id = queue_job(&mut bench.jobs, 1);
+        bench.poll(0);
+        bench.hello(1);
+        bench.poll(1);
+        bench.machines.alive.get_mut(&1).unwrap().finished = true;
+        bench.poll(2);
+        let due = bench.jobs.deadline(at(2)).unwrap() / 1_000_000 + 1;
+        bench.poll(due);
+        assert_eq!(bench.jobs.get(id).unwrap().conclusion, Some(Conclusion::SystemFailure));
+        assert!(bench.machines.alive.is_empty());
+    }
+
+    #[test]
+    fn an_image_that_is_not_there_or_does_not_boot_ends_the_job_with_the_reason() {
+        let mut bench = Bench::new();
+        bench.images.clear();
+        let id = queue_job(&mut bench.jobs, 1);
+        bench.poll(0);
+        let reason = bench.jobs.get(id).unwrap().failure_reason.unwrap();
+        assert_eq!(reason, "this node has no image 'minimal'; it has: none");
+        let mut bench = Bench::new();
+        bench.machines.refuse = Some(CreateError::Impossible("not a bzImage".into()));
+        let id = queue_job(&mut bench.jobs, 1);
+        bench.poll(0);
+        assert_eq!(bench.jobs.get(id).unwrap().failure_reason.as_deref(), Some("not a bzImage"));
+    }
+
+    #[test]
+    fn a_busy_node_without_machines_refuses_the_job_rather_than_wait_for_ever() {
+        let mut bench = Bench::new();
+        bench.machines.refuse = Some(CreateError::Busy);
+        let id = queue_job(&mut bench.jobs, 1);
+        bench.poll(0);
+        let job = bench.jobs.get(id).unwrap();
+        assert_eq!(job.conclusion, Some(Conclusion::SystemFailure));
+        assert!(job.failure_reason.unwrap().contains("mem_size_mib"));
+    }
+
+    #[test]
+    fn a_cancelled_job_loses_its_machine_before_its_agent_was_ready() {
+        let mut bench = Bench::new();
+        let id = queue_job(&mut bench.jobs, 1);
+        bench.poll(0);
+        bench.jobs.cancel(id, at(1)).unwrap();
+        bench.poll(1);
+        assert_eq!(bench.jobs.get(id).unwrap().conclusion, Some(Conclusion::Cancelled));
+        assert!(bench.machines.alive.is_empty());
+    }
+}

@@ -33,7 +33,8 @@ pub struct Image {
     pub initramfs: &'static [u8],
     /// The kernel's command line.
     pub command_line: String,
-    sha256: BTreeMap<String, String>,
+    /// SHA-256 of each file in hexadecimal, as the manifest has it.
+    pub sha256: BTreeMap<String, String>,
 }
 
 /// `image.json`.
@@ -192,4 +193,92 @@ fn checksum(header: &[u8; BLOCK]) -> u64 {
         .enumerate()
         .map(|(index, byte)| if (148..156).contains(&index) { 0x20 } else { u64::from(*byte) })
         .sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MANIFEST: &str =
+        r#"{"name":"NAME","version":"1","kernel":"vmlinuz","initramfs":"initramfs.cpio","cmdline":"quiet"}"#;
+
+    fn member(name: &str, data: &[u8]) -> Vec<u8> {
+        let mut header = [0; BLOCK];
+        header[..name.len()].copy_from_slice(name.as_bytes());
+        header[124..135].copy_from_slice(format!("{:011o}", data.len()).as_bytes());
+        header[156] = b'0';
+        header[257..263].copy_from_slice(b"ustar\0");
+        let sum = checksum(&header);
+        header[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
+        let mut bytes = header.to_vec();
+        bytes.extend(data);
+        bytes.resize(bytes.len().next_multiple_of(BLOCK), 0);
+        bytes
+    }
+
+    fn bundle(name: &str) -> Vec<u8> {
+        let manifest = MANIFEST.replace("NAME", name);
+        let mut bytes = member(&format!("{name}/image.json"), manifest.as_bytes());
+        bytes.extend(member(&format!("{name}/vmlinuz"), b"the kernel"));
+        bytes.extend(member(&format!("{name}/initramfs.cpio"), &[7; 1000]));
+        bytes.extend([0; 2 * BLOCK]);
+        bytes
+    }
+
+    fn load_one(bytes: Vec<u8>) -> (Vec<Image>, Vec<String>) {
+        load(&[&*bytes.leak()])
+    }
+
+    #[test]
+    fn a_bundle_gives_its_image() {
+        let (images, problems) = load_one(bundle("minimal"));
+        assert!(problems.is_empty(), "{problems:?}");
+        assert_eq!(images.len(), 1);
+        assert_eq!((images[0].name.as_str(), images[0].kernel), ("minimal", b"the kernel".as_slice()));
+        assert_eq!((images[0].initramfs.len(), images[0].bytes()), (1000, 1010));
+    }
+
+    #[test]
+    fn bundles_one_after_another_give_all_images_by_name() {
+        let (images, problems) = load_one([bundle("b"), bundle("a"), vec![0; 4 * BLOCK]].concat());
+        assert!(problems.is_empty(), "{problems:?}");
+        assert_eq!(images.iter().map(|image| image.name.as_str()).collect::<Vec<_>>(), ["a", "b"]);
+    }
+
+    #[test]
+    fn a_bundle_cut_off_anywhere_before_its_end_gives_no_image_and_a_reason() {
+        let whole = bundle("minimal");
+        for length in (1..whole.len() - 2 * BLOCK - 24).step_by(97) {
+            let (images, problems) = load_one(whole[..length].to_vec());
+            assert!(images.is_empty() && (!problems.is_empty() || length < BLOCK), "{length}: {problems:?}");
+        }
+    }
+
+    #[test]
+    fn a_damaged_header_is_found() {
+        let mut bytes = bundle("minimal");
+        bytes[3] ^= 1;
+        let (images, problems) = load_one(bytes);
+        assert!(images.is_empty());
+        assert!(problems[0].contains("wrong checksum of the header at byte 0"), "{problems:?}");
+    }
+
+    #[test]
+    fn what_is_no_archive_is_named_so() {
+        for bytes in [vec![1; 5000], vec![], b"070701".repeat(200)] {
+            let (images, problems) = load_one(bytes);
+            assert!(images.is_empty());
+            assert!(problems[0].contains("is not an image bundle"), "{problems:?}");
+        }
+    }
+
+    #[test]
+    fn a_missing_file_and_a_second_image_of_a_name_are_named() {
+        let manifest = MANIFEST.replace("NAME", "x");
+        let (_, problems) = load_one(member("x/image.json", manifest.as_bytes()));
+        assert!(problems[0].contains("x/vmlinuz is missing"), "{problems:?}");
+        let (images, problems) = load_one([bundle("a"), bundle("a")].concat());
+        assert_eq!(images.len(), 1);
+        assert!(problems[0].contains("another of this name"), "{problems:?}");
+    }
 }

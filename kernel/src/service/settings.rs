@@ -60,3 +60,56 @@ impl Settings {
         Ok(Self { name: name.to_string(), port, token, addressing })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(line: &'static str) -> Result<Settings, String> {
+        Settings::read(&CommandLine::new(line))
+    }
+
+    #[test]
+    fn a_token_or_its_express_absence_is_all_that_is_needed() {
+        let settings = read("token=0123456789abcdef").unwrap();
+        assert_eq!(
+            (settings.port, settings.name.as_str(), settings.addressing),
+            (8080, "nestling", Addressing::Dhcp)
+        );
+        assert_eq!(settings.token.as_deref(), Some("0123456789abcdef"));
+        assert_eq!(read("auth=off").unwrap().token, None);
+    }
+
+    #[test]
+    fn every_wrong_word_is_named_with_what_it_should_be() {
+        let cases = [
+            ("", "neither token="),
+            ("token=short", "at least 16"),
+            ("auth=on", "auth=on is unknown"),
+            ("auth=off token=0123456789abcdef", "exclude each other"),
+            ("auth=off port=0", "port=0 is not"),
+            ("auth=off port=http", "port=http is not"),
+            ("auth=off ip=10.0.2.15", "such as 10.0.2.15/24"),
+            ("auth=off ip=10.0.2.15/33", "such as 10.0.2.15/24"),
+            ("auth=off ip=0.0.0.0/0", "not an address that a host can have"),
+            ("auth=off ip=10.0.2.15/24 gateway=ten", "gateway=ten is not"),
+            ("auth=off ip=10.0.2.15/24 gateway=10.0.3.2", "does not lie in the network"),
+            ("auth=off gateway=10.0.3.2", "needs a static address"),
+            ("auth=off name=", "1 to 64"),
+        ];
+        for (line, part) in cases {
+            let Err(message) = read(line) else { panic!("{line} was taken") };
+            assert!(message.contains(part), "{line}: {message}");
+        }
+    }
+
+    #[test]
+    fn a_static_address_is_read_with_its_gateway() {
+        let settings = read("auth=off ip=10.0.2.15/24 gateway=10.0.2.2").unwrap();
+        let Addressing::Static { address, gateway } = settings.addressing else { panic!("not static") };
+        assert_eq!(
+            (address.to_string(), gateway.unwrap().to_string()),
+            ("10.0.2.15/24".into(), "10.0.2.2".into())
+        );
+    }
+}

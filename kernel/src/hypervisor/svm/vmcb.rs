@@ -6,7 +6,6 @@ use core::mem::offset_of;
 use nestling_machine::state::Segment;
 
 /// Intercepts of the word at offset 0x0C.
-#[expect(missing_docs, reason = "the manual's names")]
 pub mod intercept1 {
     pub const INTR: u32 = 1 << 0;
     pub const NMI: u32 = 1 << 1;
@@ -23,7 +22,6 @@ pub mod intercept1 {
 }
 
 /// Intercepts of the word at offset 0x10.
-#[expect(missing_docs, reason = "the manual's names")]
 pub mod intercept2 {
     pub const VMRUN: u32 = 1 << 0;
     pub const VMMCALL: u32 = 1 << 1;
@@ -41,7 +39,6 @@ pub mod intercept2 {
 }
 
 /// Exit codes, Appendix C.
-#[expect(missing_docs, reason = "the manual's names")]
 pub mod exit_code {
     pub const EXCP_BASE: u32 = 0x40;
     pub const EXCP_LAST: u32 = 0x5F;
@@ -98,7 +95,6 @@ pub const TLB_FLUSH_ALL: u8 = 1;
 
 /// The VMCB: control area, then state save area.
 #[repr(C, align(4096))]
-#[expect(missing_docs, reason = "the manual's names")]
 pub struct Vmcb {
     pub intercept_cr: u32,
     pub intercept_dr: u32,

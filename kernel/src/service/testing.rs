@@ -1,0 +1,147 @@
+//! What tests of several modules share: machines that are none, with an agent that a test speaks for.
+
+use alloc::collections::BTreeMap;
+use alloc::vec::Vec;
+
+use nestling_api::Clock;
+use nestling_api::agent::AgentMessage;
+use nestling_api::jobs::{JobId, JobStore, MachineEnd, MachineReport, request};
+use nestling_api::types::{self, HostMemory, JobRequest, StepRequest, Vendor};
+
+use super::images::Image;
+use super::machines::{AgentLink, CreateError, HypervisorReport, MachineSpec, Machines};
+
+/// So many milliseconds after boot.
+pub fn at(ms: u64) -> Clock {
+    Clock { monotonic_ns: ms * 1_000_000, unix_ns: 1_800_000_000_000_000_000 + ms * 1_000_000 }
+}
+
+/// An image that nobody boots.
+pub fn image(name: &str) -> Image {
+    Image {
+        name: name.into(),
+        version: "1".into(),
+        kernel: b"kernel",
+        initramfs: b"initramfs",
+        command_line: "quiet".into(),
+        sha256: BTreeMap::new(),
+    }
+}
+
+/// A job of one step in a store.
+pub fn queue_job(jobs: &mut JobStore, number: u8) -> JobId {
+    let steps = vec![StepRequest { run: "true".into(), ..StepRequest::default() }];
+    let request = JobRequest { steps, ..JobRequest::default() };
+    let images = [types::Image { name: "minimal".into(), ..types::Image::default() }];
+    let plan = request::plan(request, &images, 1024).unwrap();
+    let id = JobId::parse(&format!("{number:032x}")).unwrap();
+    jobs.create(id, plan, None, at(0)).unwrap().id()
+}
+
+/// An agent's side of a conversation.
+#[derive(Default)]
+pub struct FakeAgent {
+    pub connected: bool,
+    pub finished: bool,
+    pub to_node: Vec<u8>,
+    pub from_node: Vec<u8>,
+}
+
+impl FakeAgent {
+    /// Sends a message to the node.
+    pub fn say(&mut self, message: &AgentMessage) {
+        self.connected = true;
+        self.to_node.extend(message.encode().unwrap());
+    }
+}
+
+impl AgentLink for FakeAgent {
+    fn has_connected(&self) -> bool {
+        self.connected
+    }
+
+    fn has_finished(&self) -> bool {
+        self.finished
+    }
+
+    fn readable(&self) -> usize {
+        self.to_node.len()
+    }
+
+    fn receive(&mut self, into: &mut [u8]) -> usize {
+        let count = into.len().min(self.to_node.len());
+        for (to, from) in into.iter_mut().zip(self.to_node.drain(..count)) {
+            *to = from;
+        }
+        count
+    }
+
+    fn send(&mut self, from: &[u8]) -> usize {
+        self.from_node.extend(from);
+        from.len()
+    }
+}
+
+/// Machines that do nothing by themselves.
+#[derive(Default)]
+pub struct FakeMachines {
+    /// Those that exist, by their number.
+    pub alive: BTreeMap<u32, FakeAgent>,
+    /// How the machine with a number ended by itself.
+    pub ended: BTreeMap<u32, MachineEnd>,
+    /// The answer to the next creation, if it is to fail.
+    pub refuse: Option<CreateError>,
+    /// Machines ever made.
+    pub made: u32,
+}
+
+impl Machines for FakeMachines {
+    type Id = u32;
+
+    fn create(&mut self, _: &MachineSpec<'_>) -> Result<u32, CreateError> {
+        if let Some(error) = &self.refuse {
+            return Err(error.clone());
+        }
+        self.made += 1;
+        self.alive.insert(self.made, FakeAgent::default());
+        Ok(self.made)
+    }
+
+    fn agent(&mut self, id: u32) -> Option<&mut dyn AgentLink> {
+        self.alive.get_mut(&id).map(|agent| agent as &mut dyn AgentLink)
+    }
+
+    fn ended(&self, id: u32) -> Option<MachineEnd> {
+        self.ended.get(&id).cloned()
+    }
+
+    fn figures(&self, _: u32) -> (BTreeMap<String, u64>, Option<u64>) {
+        ([(String::from("cpuid"), 3)].into(), Some(64))
+    }
+
+    fn destroy(&mut self, id: u32) -> MachineReport {
+        assert!(self.alive.remove(&id).is_some(), "machine {id} was destroyed twice");
+        let end = self.ended.remove(&id).unwrap_or(MachineEnd::Destroyed);
+        let (exits, peak_mib) = self.figures(id);
+        MachineReport { end, console_tail: "the last line".into(), exits, peak_mib }
+    }
+
+    fn limit(&self) -> usize {
+        1
+    }
+
+    fn max_mem_size_mib(&self) -> u32 {
+        1024
+    }
+
+    fn report(&self) -> HypervisorReport {
+        HypervisorReport {
+            vendor: Vendor::Amd,
+            features: BTreeMap::new(),
+            cores: 1,
+            memory: HostMemory::default(),
+            exits: BTreeMap::new(),
+            tsc_khz: 1_000_000,
+        }
+    }
+}
