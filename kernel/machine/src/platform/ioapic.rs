@@ -1,14 +1,16 @@
 //! The I/O APIC: a few interrupt lines, each with a redirection entry that says what message it sends.
 //!
-//! Intel 82093AA data sheet, 3 (registers). It has as few pins as the machine has lines: Linux reads and writes every pin's entry
-//! several times at boot, and each access is an exit that must be decoded.
+//! Intel 82093AA data sheet, 3 (registers). It has as few pins as the machine has lines, which is one: Linux reads and writes every
+//! pin's entry several times at boot, and each access is an exit that must be decoded.
 
 use crate::address::Vector;
 use crate::interrupt::MsiMessage;
 use crate::layout;
 
-/// Redirection entries, one per pin; pins are GSIs 0 and up.
-pub(super) const PINS: usize = layout::UART_GSI as usize + 1;
+/// The global system interrupt of pin 0.
+pub(super) const FIRST_GSI: u32 = layout::UART_GSI;
+/// Pins, each with a redirection entry.
+const PINS: usize = 1;
 
 const REGISTER_SELECT: u64 = 0x00;
 const REGISTER_WINDOW: u64 = 0x10;
@@ -74,9 +76,9 @@ impl Pin {
 }
 
 impl IoApic {
-    /// Sets the line of `pin`; returns the message to send, if it sends one. Unknown pins do nothing.
-    pub(super) fn set_line(&mut self, pin: u32, high: bool) -> Option<MsiMessage> {
-        let pin = self.pins.get_mut(pin as usize)?;
+    /// Sets the line of a global system interrupt; returns the message to send, if it sends one. Those without a pin do nothing.
+    pub(super) fn set_line(&mut self, gsi: u32, high: bool) -> Option<MsiMessage> {
+        let pin = self.pins.get_mut(gsi.checked_sub(FIRST_GSI)? as usize)?;
         let rose = high && !pin.high;
         pin.high = high;
         if pin.entry & LEVEL != 0 {
@@ -148,17 +150,17 @@ impl IoApic {
 mod tests {
     use super::*;
 
-    fn set_entry(ioapic: &mut IoApic, pin: u8, entry: u64) -> Option<MsiMessage> {
-        ioapic.write(REGISTER_SELECT, u32::from(0x11 + 2 * pin));
+    fn set_entry(ioapic: &mut IoApic, entry: u64) -> Option<MsiMessage> {
+        ioapic.write(REGISTER_SELECT, 0x11);
         let high = ioapic.write(REGISTER_WINDOW, (entry >> 32) as u32);
-        ioapic.write(REGISTER_SELECT, u32::from(0x10 + 2 * pin));
+        ioapic.write(REGISTER_SELECT, 0x10);
         ioapic.write(REGISTER_WINDOW, entry as u32).or(high)
     }
 
-    fn entry(ioapic: &mut IoApic, pin: u8) -> u64 {
-        ioapic.write(REGISTER_SELECT, u32::from(0x10 + 2 * pin));
+    fn entry(ioapic: &mut IoApic) -> u64 {
+        ioapic.write(REGISTER_SELECT, 0x10);
         let low = u64::from(ioapic.read(REGISTER_WINDOW));
-        ioapic.write(REGISTER_SELECT, u32::from(0x11 + 2 * pin));
+        ioapic.write(REGISTER_SELECT, 0x11);
         low | u64::from(ioapic.read(REGISTER_WINDOW)) << 32
     }
 
@@ -172,48 +174,56 @@ mod tests {
     #[test]
     fn pins_are_masked_at_reset() {
         let mut ioapic = IoApic::default();
-        assert_eq!(entry(&mut ioapic, 4), MASKED);
-        assert_eq!(ioapic.set_line(4, true), None);
+        assert_eq!(entry(&mut ioapic), MASKED);
+        assert_eq!(ioapic.set_line(FIRST_GSI, true), None);
     }
 
     #[test]
     fn a_rising_edge_sends_the_message_once() {
         let mut ioapic = IoApic::default();
-        set_entry(&mut ioapic, 4, 0x0300_0000_0000_0024);
-        assert_eq!(ioapic.set_line(4, true), Some(MsiMessage { address: 0xFEE0_3000, data: 0x24 }));
-        assert_eq!(ioapic.set_line(4, true), None);
-        assert_eq!(ioapic.set_line(4, false), None);
-        assert!(ioapic.set_line(4, true).is_some());
+        set_entry(&mut ioapic, 0x0300_0000_0000_0024);
+        assert_eq!(ioapic.set_line(FIRST_GSI, true), Some(MsiMessage { address: 0xFEE0_3000, data: 0x24 }));
+        assert_eq!(ioapic.set_line(FIRST_GSI, true), None);
+        assert_eq!(ioapic.set_line(FIRST_GSI, false), None);
+        assert!(ioapic.set_line(FIRST_GSI, true).is_some());
     }
 
     #[test]
     fn a_level_interrupt_repeats_until_the_line_falls() {
         let mut ioapic = IoApic::default();
-        set_entry(&mut ioapic, 2, LEVEL | LOGICAL_DESTINATION | 0x31);
+        set_entry(&mut ioapic, LEVEL | LOGICAL_DESTINATION | 0x31);
         let message = MsiMessage { address: 0xFEE0_0004, data: 0xC031 };
-        assert_eq!(ioapic.set_line(2, true), Some(message));
-        assert_ne!(entry(&mut ioapic, 2) & REMOTE_IRR, 0);
-        assert_eq!(ioapic.set_line(2, true), None);
+        assert_eq!(ioapic.set_line(FIRST_GSI, true), Some(message));
+        assert_ne!(entry(&mut ioapic) & REMOTE_IRR, 0);
+        assert_eq!(ioapic.set_line(FIRST_GSI, true), None);
         assert_eq!(ioapic.end_of_interrupt(Vector(0x32)), None);
         assert_eq!(ioapic.end_of_interrupt(Vector(0x31)), Some(message));
-        ioapic.set_line(2, false);
+        ioapic.set_line(FIRST_GSI, false);
         assert_eq!(ioapic.end_of_interrupt(Vector(0x31)), None);
-        assert_eq!(entry(&mut ioapic, 2) & REMOTE_IRR, 0);
+        assert_eq!(entry(&mut ioapic) & REMOTE_IRR, 0);
     }
 
     #[test]
     fn unmasking_a_high_level_line_sends_its_message() {
         let mut ioapic = IoApic::default();
-        set_entry(&mut ioapic, 1, MASKED | LEVEL | 0x40);
-        assert_eq!(ioapic.set_line(1, true), None);
-        assert!(set_entry(&mut ioapic, 1, LEVEL | 0x40).is_some());
+        set_entry(&mut ioapic, MASKED | LEVEL | 0x40);
+        assert_eq!(ioapic.set_line(FIRST_GSI, true), None);
+        assert!(set_entry(&mut ioapic, LEVEL | 0x40).is_some());
     }
 
     #[test]
     fn extended_destination_bits_reach_the_message() {
         let mut ioapic = IoApic::default();
-        set_entry(&mut ioapic, 0, 0x01_FE << 48 | 0x50);
-        assert_eq!(ioapic.set_line(0, true).map(|message| message.address), Some(0xFEE0_1FE0));
+        set_entry(&mut ioapic, 0x01_FE << 48 | 0x50);
+        assert_eq!(ioapic.set_line(FIRST_GSI, true).map(|message| message.address), Some(0xFEE0_1FE0));
+    }
+
+    #[test]
+    fn interrupts_without_a_pin_do_nothing() {
+        let mut ioapic = IoApic::default();
+        for gsi in [0, FIRST_GSI - 1, FIRST_GSI + 1, u32::MAX] {
+            assert_eq!(ioapic.set_line(gsi, true), None);
+        }
     }
 
     #[test]

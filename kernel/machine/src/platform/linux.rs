@@ -17,9 +17,11 @@ use core::fmt;
 ///
 /// - `console=ttyS0`: the serial port is the only console.
 /// - `panic=-1`: a panic resets the machine at once, which ends it.
+/// - `reboot=acpi`: reset by the ACPI register. On hardware-reduced ACPI Linux' default is EFI, and what comes after it is the
+///   firmware's real-mode entry.
 /// - `8250.nr_uarts=1`: do not probe for three serial ports that are not there.
 /// - `pci=noearly`: do not scan for PCI quirks through ports 0xCF8/0xCFC, which are not there.
-pub const PLATFORM_ARGUMENTS: &str = "console=ttyS0 panic=-1 8250.nr_uarts=1 pci=noearly";
+pub const PLATFORM_ARGUMENTS: &str = "console=ttyS0 panic=-1 reboot=acpi 8250.nr_uarts=1 pci=noearly";
 
 /// What a machine boots.
 #[derive(Clone, Copy, Debug)]
@@ -98,6 +100,10 @@ const PAGE: u64 = 4096;
 /// End of the RAM below the legacy video and firmware area.
 const CONVENTIONAL_END: u64 = 0xA_0000;
 const ONE_MIB: u64 = 0x10_0000;
+/// Where a processor starts in real mode, F000:FFF0, and where a guest jumps to have the firmware reset the machine.
+const RESET_VECTOR: u64 = 0xF_FFF0;
+/// Writes 1 to the ACPI reset register: `mov dx, 0x602; mov al, 1; out dx, al; hlt`.
+const RESET_CODE: [u8; 7] = [0xBA, 0x02, 0x06, 0xB0, layout::ACPI_RESET_VALUE, 0xEE, 0xF4];
 /// Offset of the 64-bit entry point in the protected-mode kernel.
 const ENTRY_64: u64 = 0x200;
 const SECTOR: usize = 512;
@@ -243,6 +249,7 @@ pub fn load(
     memory.write(GuestPhysAddr(initramfs_at), image.initramfs)?;
     memory.write(GuestPhysAddr(layout::COMMAND_LINE), &command_line)?;
     memory.write(GuestPhysAddr(layout::ACPI_TABLES), &acpi::tables(layout::ACPI_TABLES, vcpus))?;
+    memory.write(GuestPhysAddr(RESET_VECTOR), &RESET_CODE)?;
     memory.write(
         GuestPhysAddr(layout::BOOT_PARAMS),
         &boot_params(&kernel, initramfs_at, image.initramfs.len() as u64, ram_bytes),
@@ -463,6 +470,14 @@ mod tests {
             let entry = ram.read_u64(GuestPhysAddr(table + (address >> 21 & 511) * 8)).unwrap();
             assert_eq!(entry, address & !0x1F_FFFF | 0x83);
         }
+    }
+
+    #[test]
+    fn the_real_mode_reset_vector_resets_the_machine() {
+        assert_eq!(u16::from_le_bytes([RESET_CODE[1], RESET_CODE[2]]), layout::ACPI_RESET_PORT);
+        let (ram, state) = load_it(&bz_image(&[0; 1024]), b"", "");
+        state.unwrap();
+        assert_eq!(ram.0[RESET_VECTOR as usize..][..7], RESET_CODE);
     }
 
     #[test]

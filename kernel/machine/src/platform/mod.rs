@@ -30,7 +30,7 @@ pub use virtio::{VsockHost, VsockState};
 use cmos::Cmos;
 use ioapic::IoApic;
 use outbox::Outbox;
-use pci::{ConfigSpace, Function, Identity, Space};
+use pci::{Function, Space};
 use serial::Serial;
 use virtio::rng::Rng;
 use virtio::transport::{IO_BAR_BYTES, MSIX_BAR_BYTES, VirtioPci};
@@ -38,9 +38,6 @@ use virtio::vsock::Vsock;
 
 const UART_LAST_PORT: u16 = layout::UART_PORT + 7;
 const IOAPIC_BYTES: u64 = 4096;
-/// What other small hypervisors' host bridges call themselves.
-const HOST_BRIDGE: Identity =
-    Identity { id: (0x8086, 0x0D57), subsystem: (0, 0), revision: 0, class: [0x06, 0x00, 0x00] };
 
 /// A source of random bytes for the guest.
 pub trait Entropy {
@@ -86,7 +83,6 @@ impl fmt::Display for MachineEnd {
 /// A machine's devices.
 #[derive(Debug)]
 pub struct Platform {
-    host_bridge: ConfigSpace,
     vsock: VirtioPci<Vsock>,
     rng: VirtioPci<Rng>,
     serial: Serial,
@@ -103,7 +99,6 @@ impl Platform {
         let io = |slot: u16| layout::PCI_IO_BASE + slot * IO_BAR_BYTES as u16;
         let memory = |slot: u32| layout::PCI_MMIO_BASE as u32 + slot * MSIX_BAR_BYTES;
         Self {
-            host_bridge: ConfigSpace::new(&HOST_BRIDGE),
             vsock: VirtioPci::new(Vsock::new(config.guest_cid), io(1), memory(1)),
             rng: VirtioPci::new(Rng::default(), io(2), memory(2)),
             serial: Serial::default(),
@@ -163,8 +158,8 @@ impl Platform {
     fn function_at(&mut self, offset: u64) -> Option<(&mut dyn Function, usize)> {
         let register = (offset & 0xFFF) as usize;
         let function: &mut dyn Function = match offset >> 12 {
-            // Bits 3-7 are the device, 0-2 the function.
-            0x00 => &mut self.host_bridge,
+            // Bits 3-7 are the device, 0-2 the function. There is no host bridge at device 0: the root bus is found by ACPI, and
+            // Linux would spend 70 exits on it.
             0x08 => &mut self.vsock,
             0x10 => &mut self.rng,
             _ => return None,

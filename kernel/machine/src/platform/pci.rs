@@ -173,31 +173,6 @@ impl ConfigSpace {
     }
 }
 
-/// The host bridge: nothing but its identity, for guests that expect function 0 to be one.
-impl Function for ConfigSpace {
-    fn config_read(&mut self, register: usize, width: u8) -> u32 {
-        self.read(register, width)
-    }
-
-    fn config_write(&mut self, register: usize, width: u8, value: u32, _out: &mut Outbox) {
-        self.write(register, width, value);
-    }
-
-    fn decode(&self, _space: Space, _address: u32) -> Option<(usize, u32)> {
-        None
-    }
-
-    fn bar_read(&mut self, _bar: usize, _offset: u32, _width: u8) -> u64 {
-        0
-    }
-
-    fn bar_write(&mut self, _bar: usize, _offset: u32, _width: u8, _value: u64, _out: &mut Outbox) {}
-
-    fn fault(&self) -> Option<(&'static str, &str)> {
-        None
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -23,12 +23,12 @@ fn unknown_ports_and_addresses_read_all_ones_and_ignore_writes() {
 }
 
 #[test]
-fn the_bus_has_a_host_bridge_and_two_virtio_devices() {
+fn the_bus_has_two_virtio_devices_and_nothing_else() {
     let mut guest = Guest::new();
     let found: alloc::vec::Vec<u32> =
         (0..32).map(|slot| guest.read_config(slot, 0, 4)).filter(|&id| id != u32::MAX).collect();
-    assert_eq!(found, [0x0D57_8086, 0x1053_1AF4, 0x1044_1AF4]);
-    let function_1 = GuestPhysAddr(layout::ECAM_BASE + 0x1000);
+    assert_eq!(found, [0x1053_1AF4, 0x1044_1AF4]);
+    let function_1 = GuestPhysAddr(layout::ECAM_BASE + (1 << 15) + 0x1000);
     assert_eq!(guest.platform.mmio_read(function_1, 4), 0xFFFF_FFFF, "no function but 0");
 }
 
@@ -60,7 +60,7 @@ fn ecam_is_read_by_bytes_words_dwords_and_quadwords() {
 #[test]
 fn the_serial_interrupt_goes_through_the_io_apic() {
     let mut platform = platform();
-    for (index, value) in [(0x18, 0x34), (0x19, 0)] {
+    for (index, value) in [(0x10, 0x34), (0x11, 0)] {
         platform.mmio_write(GuestPhysAddr(layout::IOAPIC_BASE), 4, index);
         platform.mmio_write(GuestPhysAddr(layout::IOAPIC_BASE + 0x10), 4, value);
     }

@@ -155,7 +155,7 @@ impl Device {
         MsiMessage { address: 0xFEE0_0000, data }
     }
 
-    /// Sets up queue `index` with MSI-X vector `index` + 1.
+    /// Sets up queue `index` with MSI-X vector 1.
     pub(in crate::platform) fn set_up_queue(
         &self,
         guest: &mut Guest,
@@ -171,8 +171,8 @@ impl Device {
             platform.pio_write(self.common + offset, 4, address as u32);
             platform.pio_write(self.common + offset + 4, 4, (address >> 32) as u32);
         }
-        platform.pio_write(self.common + 0x1A, 2, u32::from(index) + 1);
-        assert_eq!(platform.pio_read(self.common + 0x1A, 2), u32::from(index) + 1);
+        platform.pio_write(self.common + 0x1A, 2, 1);
+        assert_eq!(platform.pio_read(self.common + 0x1A, 2), 1);
         platform.pio_write(self.common + 0x1C, 2, 1);
         queue
     }
@@ -187,9 +187,8 @@ impl Device {
         self.set_status(guest, 11);
         assert_eq!(self.status(guest), 11, "the features are accepted");
         let count = guest.platform.pio_read(self.common + 0x12, 2) as u16;
-        for vector in 0..=count {
-            self.set_vector(guest, vector, 0x40 + u32::from(vector));
-        }
+        self.set_vector(guest, 0, 0x40);
+        self.set_vector(guest, 1, 0x41);
         guest.platform.pio_write(self.common + 0x10, 2, 0);
         let queues = (0..count).map(|index| self.set_up_queue(guest, index, features)).collect();
         self.set_status(guest, 15);

@@ -40,6 +40,7 @@ impl VirtioDevice for Rng {
     const ID: u16 = 4;
     // No class of its own.
     const CLASS: [u8; 3] = [0xFF, 0x00, 0x00];
+    const VECTORS: u16 = 2;
     const QUEUES: &'static [u16] = &[QUEUE_SIZE];
     const CONFIG_BYTES: u32 = 0;
 

@@ -64,6 +64,8 @@ pub(in crate::platform) trait VirtioDevice {
     const ID: u16;
     /// PCI class.
     const CLASS: [u8; 3];
+    /// MSI-X vectors. One is for configuration changes; with fewer others than queues, the driver lets queues share one.
+    const VECTORS: u16;
     /// The most descriptors of each queue, powers of two.
     const QUEUES: &'static [u16];
     /// Bytes of the device-specific configuration.
@@ -126,8 +128,7 @@ impl<D: VirtioDevice> VirtioPci<D> {
         config.add_bar(IO_BAR, Space::Io, IO_BAR_BYTES, io.into());
         config.add_bar(MSIX_BAR, Space::Memory, MSIX_BAR_BYTES, memory);
 
-        // One vector a queue and one for configuration changes.
-        let msix = Msix::new(D::QUEUES.len() as u16 + 1);
+        let msix = Msix::new(D::VECTORS);
         let table_size = (msix.vectors() - 1).to_le_bytes();
         let table = (MSIX_TABLE | MSIX_BAR as u32).to_le_bytes();
         let pending = (MSIX_PENDING | MSIX_BAR as u32).to_le_bytes();
