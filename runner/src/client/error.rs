@@ -78,8 +78,9 @@ impl fmt::Display for ClientError {
             }
             ClientError::Refused { status, body } => {
                 write!(f, "{}", body.message)?;
-                for error in &body.errors {
-                    write!(f, "\n  {}: {}", error.field, error.message)?;
+                // The message has the first one already.
+                for error in body.errors.iter().skip(1) {
+                    write!(f, "\n{}: {}", error.field, error.message)?;
                 }
                 match status {
                     401 => f.write_str("\ngive the node's token with --token or in NESTLING_TOKEN"),
@@ -105,12 +106,14 @@ mod tests {
 
     #[test]
     fn a_refusal_is_told_with_every_wrong_field() {
-        let body = r#"{"message":"Validation failed","code":"validation_failed","documentation_url":"","status":"422",
-                       "errors":[{"field":"steps[0].run","message":"must not be empty; give a shell command"}]}"#;
+        let body = r#"{"message":"steps[0].run: must not be empty (and 1 more, see errors)","code":"validation_failed",
+                       "documentation_url":"","status":"422","errors":[{"field":"steps[0].run","message":"must not be empty"},
+                       {"field":"name","message":"is too long"}]}"#;
         let error = ClientError::refused("/v1/jobs", &answer(422, body));
         assert_eq!(error.code(), Some("validation_failed"));
         assert_eq!(error.status(), Some(422));
-        assert!(error.to_string().contains("\n  steps[0].run: must not be empty"));
+        let expected = "steps[0].run: must not be empty (and 1 more, see errors)\nname: is too long";
+        assert_eq!(error.to_string(), expected);
     }
 
     #[test]
