@@ -1,0 +1,120 @@
+//! The bed with a kernel of a few instructions: what a bed does must not depend on nestling's own kernel.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use nestling::bed::{Bed, BedBuilder, BedError};
+use nestling::qemu::Network;
+
+/// Long enough for any computer; nothing here waits for it to pass.
+const LONG: Duration = Duration::from_secs(60);
+
+/// A 32-bit ELF with a PVH entry that writes `words` to the serial port and then switches the computer off, or halts.
+fn kernel(dir: &Path, words: &str, switch_off: bool) -> PathBuf {
+    const LOAD: u32 = 0x10_0000;
+    const HEADERS: u32 = 52 + 2 * 32;
+    const NOTE: u32 = 20;
+    let mut code = vec![0xba, 0xf8, 0x03, 0, 0]; // mov edx, 0x3f8
+    for byte in words.bytes() {
+        code.extend([0xb0, byte, 0xee]); // mov al, byte; out dx, al
+    }
+    if switch_off {
+        // mov edx, 0x604 (PM1a_CNT); mov eax, 0x2000 (SLP_EN); out dx, ax
+        code.extend([0xba, 0x04, 0x06, 0, 0, 0xb8, 0, 0x20, 0, 0, 0x66, 0xef]);
+    }
+    code.extend([0xf4, 0xeb, 0xfd]); // hlt; jmp back to it
+    let entry = LOAD + HEADERS + NOTE;
+    let size = HEADERS + NOTE + u32::try_from(code.len()).unwrap();
+    let mut elf = vec![0x7f, b'E', b'L', b'F', 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 3, 0];
+    for word in [1, entry, 52, 0, 0, 52 | 32 << 16, 2 | 40 << 16, 0] {
+        elf.extend(u32::to_le_bytes(word));
+    }
+    for (kind, offset, length) in [(1, 0, size), (4, HEADERS, NOTE)] {
+        for word in [kind, offset, LOAD + offset, LOAD + offset, length, length, 7, 4] {
+            elf.extend(u32::to_le_bytes(word));
+        }
+    }
+    for word in [4, 4, 18, u32::from_le_bytes(*b"Xen\0"), entry] {
+        elf.extend(u32::to_le_bytes(word));
+    }
+    elf.extend(code);
+    let path = dir.join("kernel");
+    fs::write(&path, elf).unwrap();
+    path
+}
+
+fn bed(dir: &Path, words: &str, switch_off: bool) -> BedBuilder {
+    Bed::builder().no_image().memory_mib(64).kernel(kernel(dir, words, switch_off))
+}
+
+#[test]
+fn what_the_kernel_writes_is_read_and_its_end_is_seen() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = bed(dir.path(), "hello\nworld\n", true).network(Network::None).start().unwrap();
+    assert!(node.wait_serial("world", LONG).is_some());
+    assert_eq!(node.wait_exit(LONG), Some(0));
+    assert_eq!(node.wait_serial("never", LONG), None);
+    assert_eq!(node.serial_log(), "hello\nworld\n");
+}
+
+#[test]
+fn a_kernel_that_refuses_to_run_is_told_in_its_own_words() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = bed(dir.path(), "ERROR this node cannot run: no SVM\n", true).start().unwrap();
+    let BedError::NotReady(error) = node.wait_ready(LONG).unwrap_err() else { panic!("another error") };
+    assert!(error.serial.iter().any(|line| line.contains("no SVM")), "{error}");
+}
+
+#[test]
+fn dropping_the_bed_ends_qemu_and_removes_its_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = bed(dir.path(), "up\n", false).start().unwrap();
+    assert!(node.wait_serial("up", LONG).is_some());
+    let (pid, log) = (node.pid().unwrap(), node.serial_log_path());
+    let config = log.with_file_name("qemu.conf");
+    assert_eq!(fs::metadata(&config).unwrap().permissions().mode() & 0o777, 0o600);
+    let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap();
+    assert!(!String::from_utf8_lossy(&arguments).contains(node.token().unwrap()));
+    assert!(fs::read_to_string(&config).unwrap().contains(node.token().unwrap()));
+    assert!(node.port() > 0);
+    drop(node);
+    assert!(!Path::new(&format!("/proc/{pid}")).exists());
+    assert!(!log.exists());
+}
+
+#[test]
+fn what_qemu_refuses_is_told_in_its_words() {
+    let dir = tempfile::tempdir().unwrap();
+    let error = bed(dir.path(), "", true).cpu("no-such-cpu").start().unwrap_err();
+    assert!(matches!(&error, BedError::Qemu(words) if words.contains("no-such-cpu")), "{error}");
+    let error = bed(dir.path(), "", true).qemu_args(["-no-such-option"]).start().unwrap_err();
+    assert!(error.to_string().contains("no-such-option"), "{error}");
+}
+
+#[test]
+fn up_ends_with_the_kernels_reason_and_leaves_nothing_running() {
+    let (home, bundle) = (tempfile::tempdir().unwrap(), tempfile::NamedTempFile::new().unwrap());
+    let command = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_nestling"));
+        command
+            .args(arguments)
+            .env("XDG_STATE_HOME", home.path())
+            .env_remove("NESTLING_NODE")
+            .env_remove("NESTLING_TOKEN");
+        command.output().unwrap()
+    };
+    // The kernel starts only on a computer that can run it: 64 MiB without an image cannot.
+    let up =
+        command(&["up", "--bed", "qemu-tcg", "--memory", "64", "--image", bundle.path().to_str().unwrap()]);
+    let words = String::from_utf8_lossy(&up.stderr);
+    assert_eq!(up.status.code(), Some(1), "{words}");
+    assert!(words.contains("node.log"), "{words}");
+    let directory = home.path().join("nestling/local");
+    assert!(directory.join("node.log").exists());
+    for gone in ["node.json", "qemu.conf", "qmp", "pid", "kernel.elf"] {
+        assert!(!directory.join(gone).exists(), "{gone}");
+    }
+}
