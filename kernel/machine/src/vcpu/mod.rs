@@ -91,6 +91,12 @@ impl Vcpu {
         self.xstate.xcr0()
     }
 
+    /// Takes over what XCR0 holds after an exit, on a processor that lets guests write it without one, as QEMU's emulation of SVM
+    /// does. To be called before [`Self::cpuid`] of leaf 0xD and before the guest leaves the core.
+    pub fn observe_xcr0(&mut self, value: u64) {
+        self.xstate.observe(value);
+    }
+
     /// The guest's TSC_AUX.
     pub fn tsc_aux(&self) -> u64 {
         self.stored.tsc_aux

@@ -193,6 +193,14 @@ fn extended_state_has_the_sizes_of_what_is_enabled() {
 }
 
 #[test]
+fn an_xcr0_that_was_written_without_an_exit_counts() {
+    let mut guest = vcpu(&intel(), 0, 1);
+    guest.observe_xcr0(0x207);
+    assert_eq!(guest.xcr0(), 0x207);
+    assert_eq!(guest.cpuid(0xD, 0, &KERNEL), [0x2E7, 2696, 2696, 0]);
+}
+
+#[test]
 fn xcr0_takes_only_consistent_values() {
     let mut guest = vcpu(&intel(), 0, 1);
     let context = CpuContext { cr4: 1 << 18, ..KERNEL };

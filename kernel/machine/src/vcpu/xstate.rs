@@ -67,6 +67,11 @@ impl ExtendedState {
         self.xcr0
     }
 
+    /// Takes a value that the processor has accepted.
+    pub(super) const fn observe(&mut self, value: u64) {
+        self.xcr0 = value | X87;
+    }
+
     pub(super) const fn is_supported(&self) -> bool {
         self.supported & X87 != 0
     }

@@ -223,9 +223,15 @@ impl Lapic {
     /// Moves what [`Self::pending`] says from requested to in service.
     pub fn acknowledge(&mut self) -> Option<Vector> {
         let vector = self.pending()?;
+        self.accept(vector);
+        Some(vector)
+    }
+
+    /// The processor has delivered `vector`, which [`Self::pending`] said when it was offered: it is in service now, whatever the
+    /// task priority has become since.
+    pub fn accept(&mut self, vector: Vector) {
         self.requested.remove(vector);
         self.in_service.insert(vector);
-        Some(vector)
     }
 
     /// Requests `vector`; while the APIC is disabled it is dropped.

@@ -75,6 +75,17 @@ fn the_task_priority_holds_back_its_class_and_below() {
 }
 
 #[test]
+fn what_the_processor_delivered_is_in_service_even_after_the_guest_raised_its_priority() {
+    let mut lapic = apic(0, 1);
+    raise(&mut lapic, &[0x40]);
+    let offered = lapic.pending().unwrap();
+    lapic.set_tpr(0xF0);
+    assert_eq!(lapic.acknowledge(), None);
+    lapic.accept(offered);
+    assert_eq!((lapic.requested(), read(&mut lapic, 0x812)), (None, 1));
+}
+
+#[test]
 fn only_the_end_of_a_level_triggered_interrupt_is_announced() {
     let mut lapic = apic(0, 1);
     lapic.raise(Vector(0x40), true);
