@@ -74,7 +74,7 @@ impl fmt::Display for MachineEnd {
             Self::PowerOff => f.write_str("the guest switched the machine off"),
             Self::Reset => f.write_str("the guest reset the machine"),
             Self::DeviceFault { device, reason } => {
-                write!(f, "the guest broke the rules of {device}: {reason}")
+                write!(f, "{device} stopped: {reason}")
             }
         }
     }

@@ -93,7 +93,7 @@ fn the_first_end_is_the_one_that_counts() {
 #[test]
 fn ends_say_what_happened() {
     let fault = MachineEnd::DeviceFault { device: "virtio-rng", reason: "queue 0: rubbish".into() };
-    assert_eq!(alloc::format!("{fault}"), "the guest broke the rules of virtio-rng: queue 0: rubbish");
+    assert_eq!(alloc::format!("{fault}"), "virtio-rng stopped: queue 0: rubbish");
 }
 
 /// Something a guest does.
