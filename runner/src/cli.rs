@@ -72,7 +72,7 @@ pub(crate) struct Up {
     #[arg(long, value_enum, default_value = "auto")]
     pub(crate) bed: BedChoice,
     /// The node's memory; jobs' machines are made from it
-    #[arg(long, value_name = "MIB", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(64..=1_048_576))]
+    #[arg(long, value_name = "MIB", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
     pub(crate) memory: u32,
     /// The port on 127.0.0.1; 0 is any free one
     #[arg(long, default_value_t = 0)]
@@ -86,8 +86,8 @@ pub(crate) struct Up {
     /// The token clients must have [default: a random one]
     #[arg(long, env = "NESTLING_TOKEN", hide_env_values = true)]
     pub(crate) token: Option<String>,
-    /// Ask clients for no token: any user of this computer can run jobs
-    #[arg(long, conflicts_with = "token")]
+    /// Ask clients for no token, whatever --token says: any user of this computer can run jobs
+    #[arg(long)]
     pub(crate) no_auth: bool,
     /// Print only errors
     #[arg(long, short)]

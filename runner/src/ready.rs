@@ -49,7 +49,7 @@ pub fn wait(
             if let Some((_, reason)) = line.split_once(REFUSAL) {
                 break format!("the node cannot run here: {reason}");
             }
-            phase(&line);
+            phase(without_time(&line));
             shown = line;
         }
         if let Some(how) = ended {
@@ -73,6 +73,11 @@ pub fn tail(serial_log: &Path, count: usize) -> Vec<String> {
         text.lines().rev().map(printable).filter(|line| !line.trim().is_empty()).take(count).collect();
     lines.reverse();
     lines
+}
+
+/// A line of the kernel's log without the time at its start, `[    0.017194] `.
+fn without_time(line: &str) -> &str {
+    line.strip_prefix('[').and_then(|rest| rest.split_once("] ")).map_or(line, |(_, text)| text)
 }
 
 fn read_end(path: &Path) -> io::Result<Vec<u8>> {
@@ -101,6 +106,10 @@ pub struct NotReady {
 impl fmt::Display for NotReady {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.reason)?;
+        if self.serial.iter().any(|line| line.contains(REFUSAL)) {
+            // The reason is all there is to tell.
+            return Ok(());
+        }
         if self.serial.is_empty() {
             return f.write_str("; it wrote nothing to its serial log");
         }
@@ -126,7 +135,7 @@ mod tests {
     fn a_node_that_ends_is_told_with_the_end_of_its_log() {
         let dir = tempfile::tempdir().unwrap();
         let log = dir.path().join("node.log");
-        fs::write(&log, "booting\r\nno SVM: \x1b[31menable it\x1b[0m\n\n").unwrap();
+        fs::write(&log, "booting\r\n[    0.012345] no SVM: \x1b[31menable it\x1b[0m\n\n").unwrap();
         let mut phases = Vec::new();
         let mut polls = 0;
         let ended = || {
@@ -136,7 +145,7 @@ mod tests {
         let error =
             wait(&nowhere(), &log, Duration::from_secs(60), ended, |phase| phases.push(phase.to_owned()))
                 .unwrap_err();
-        assert_eq!(error.serial, ["booting", "no SVM: [31menable it[0m"]);
+        assert_eq!(error.serial, ["booting", "[    0.012345] no SVM: [31menable it[0m"]);
         assert!(
             error.to_string().starts_with("the node ended before it was ready (exit status 0)"),
             "{error}"
@@ -150,7 +159,7 @@ mod tests {
         let log = dir.path().join("node.log");
         fs::write(&log, "ERROR this node cannot run: no SVM; enable it in the firmware\n").unwrap();
         let error = wait(&nowhere(), &log, Duration::from_secs(60), || None, |_| {}).unwrap_err();
-        assert_eq!(error.reason, "the node cannot run here: no SVM; enable it in the firmware");
+        assert_eq!(error.to_string(), "the node cannot run here: no SVM; enable it in the firmware");
     }
 
     #[test]

@@ -67,7 +67,7 @@ fn rows(jobs: &[Job]) -> Vec<Vec<String>> {
 fn state(job: &Job) -> String {
     match (job.conclusion, job.queue_position) {
         (Some(conclusion), _) => conclusion.as_str().to_owned(),
-        (None, Some(position)) => format!("queued ({position} before it)"),
-        (None, None) => job.status.as_str().to_owned(),
+        (None, Some(position)) if position > 0 => format!("queued ({position} before it)"),
+        (None, _) => job.status.as_str().to_owned(),
     }
 }

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use nestling::client::types::{Conclusion, Job, JobRequest, MachineConfig, Status, StepRequest};
 use nestling::client::{Client, Stream};
 use nestling::ready::printable;
-use nestling::state::DEFAULT_NODE;
+use nestling::state::{DEFAULT_NODE, State};
 
 use super::follow::{self, Outputs, Sink};
 use super::interrupt::Interrupt;
@@ -111,7 +111,13 @@ fn request(options: &Run, variable: impl Fn(&str) -> Option<String>) -> Result<J
 
 /// The node to run on, started when there is none.
 fn node(options: &Run, interrupt: &Interrupt, progress: &Progress) -> Result<Target> {
-    if let Some(target) = target::find(&options.node)? {
+    let mut found = target::find(&options.node)?;
+    if let Some(local) = found.as_ref().and_then(|target| target.local.as_ref()) {
+        // Another command may be starting it: it keeps the lock until the node takes jobs, or has failed to.
+        drop(State::of_user()?.node(&local.name)?.lock()?);
+        found = target::find(&options.node)?;
+    }
+    if let Some(target) = found {
         return Ok(target);
     }
     let up = Up {
