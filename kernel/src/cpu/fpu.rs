@@ -47,6 +47,11 @@ pub fn load_xcr0(value: u64) {
     unsafe { XCr0::write_raw(value) };
 }
 
+/// XCR0 as it is: a guest may have written it without an exit, since QEMU's emulation of SVM does not intercept XSETBV.
+pub fn xcr0() -> u64 {
+    XCr0::read_raw()
+}
+
 /// A vCPU's saved state.
 pub struct XsaveArea {
     area: NonNull<u8>,

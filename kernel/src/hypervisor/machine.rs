@@ -4,8 +4,8 @@ use super::backend::{Backend, TscOffset, VendorVcpu};
 use super::exit::{Exit, ExitCounts};
 use super::nested::NestedTable;
 use super::ram::{Ram, RamView};
-use crate::cpu::clock;
-use crate::cpu::fpu::XsaveArea;
+use crate::cpu::fpu::{self, XsaveArea};
+use crate::cpu::{barriers, clock};
 use crate::memory::frames::FramePool;
 use alloc::string::String;
 use alloc::sync::Arc;
@@ -157,14 +157,15 @@ impl<B: Backend> Machine<B> {
     /// Takes the machine's state off the core.
     pub fn unload(&mut self) {
         self.hardware.unload();
+        self.vcpu.observe_xcr0(fpu::xcr0());
         self.xsave.save();
     }
 
     /// Puts the machine's state on the core.
     pub fn load(&mut self) {
-        crate::cpu::barriers::between_machines();
+        barriers::between_machines();
         self.xsave.restore();
-        crate::cpu::fpu::load_xcr0(self.vcpu.xcr0());
+        fpu::load_xcr0(self.vcpu.xcr0());
         self.hardware.load(self.vcpu.tsc_aux());
     }
 }

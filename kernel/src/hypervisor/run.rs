@@ -15,6 +15,9 @@ use nestling_machine::state::{Gpr, VcpuState};
 use nestling_machine::vcpu::emulate::{self, Bus, Emulation, Stop};
 use nestling_machine::vcpu::{Lapic, MsrEffect};
 
+/// The CPUID leaf whose sizes follow XCR0.
+const XSTATE_LEAF: u32 = 0xD;
+
 /// Why a vCPU stopped running.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Pause {
@@ -127,8 +130,8 @@ impl<B: Backend> Machine<B> {
     }
 
     fn accept_interrupt(&mut self) {
-        if self.hardware.take_accepted().is_some() {
-            let _ = self.vcpu.lapic.acknowledge();
+        if let Some(vector) = self.hardware.take_accepted() {
+            self.vcpu.lapic.accept(vector);
         }
     }
 
@@ -218,6 +221,9 @@ impl<B: Backend> Machine<B> {
         let context = self.hardware.context();
         let registers = self.hardware.registers();
         let (leaf, subleaf) = (registers.get(Gpr::Rax) as u32, registers.get(Gpr::Rcx) as u32);
+        if leaf == XSTATE_LEAF {
+            self.vcpu.observe_xcr0(fpu::xcr0());
+        }
         let [eax, ebx, ecx, edx] = self.vcpu.cpuid(leaf, subleaf, &context);
         for (register, value) in [(Gpr::Rax, eax), (Gpr::Rbx, ebx), (Gpr::Rcx, ecx), (Gpr::Rdx, edx)] {
             registers.set(register, u64::from(value));
