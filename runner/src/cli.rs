@@ -80,7 +80,8 @@ pub(crate) struct Up {
     /// A name, to have several nodes
     #[arg(long, default_value = nestling::state::DEFAULT_NODE)]
     pub(crate) name: String,
-    /// The bundle of images [default: the one in this checkout's target/images, or in $XDG_DATA_HOME/nestling/images]
+    /// The bundle of images [default: NESTLING_IMAGE, or the one in this checkout's target/images, or the one in
+    /// $XDG_DATA_HOME/nestling/images]
     #[arg(long, value_name = "FILE")]
     pub(crate) image: Option<PathBuf>,
     /// The token clients must have [default: a random one]

@@ -213,6 +213,8 @@ pub enum LocalError {
     Token,
     /// QEMU is not installed.
     NoQemu,
+    /// Another program has this port.
+    PortTaken(u16),
     /// QEMU's own complaint.
     Qemu(String),
     /// The client could not be made.
@@ -242,6 +244,9 @@ impl fmt::Display for LocalError {
                 TOKEN_LENGTH.end()
             ),
             LocalError::NoQemu => write!(f, "{} is not installed; {}", qemu::PROGRAM, qemu::INSTALL_HINT),
+            LocalError::PortTaken(port) => {
+                write!(f, "port {port} of 127.0.0.1 cannot be had; leave out --port to get any that is free")
+            }
             LocalError::Qemu(words) => write!(f, "QEMU did not start: {words}"),
             LocalError::Client(error) => error.fmt(f),
             LocalError::NotReady { error, log } => {

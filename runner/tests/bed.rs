@@ -118,3 +118,19 @@ fn up_ends_with_the_kernels_reason_and_leaves_nothing_running() {
         assert!(!directory.join(gone).exists(), "{gone}");
     }
 }
+
+#[test]
+fn a_port_that_is_taken_is_named() {
+    let (home, bundle) = (tempfile::tempdir().unwrap(), tempfile::NamedTempFile::new().unwrap());
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let image = bundle.path().to_str().unwrap();
+    let up = Command::new(env!("CARGO_BIN_EXE_nestling"))
+        .args(["up", "--bed", "qemu-tcg", "--port", &port, "--image", image])
+        .env("XDG_STATE_HOME", home.path())
+        .env_remove("NESTLING_TOKEN")
+        .output()
+        .unwrap();
+    let words = String::from_utf8_lossy(&up.stderr);
+    assert!(words.contains(&format!("port {port} of 127.0.0.1 cannot be had")), "{words}");
+}
