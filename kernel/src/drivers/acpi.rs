@@ -317,3 +317,106 @@ fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
 fn u64_at(bytes: &[u8], offset: usize) -> Option<u64> {
     bytes.get(offset..)?.first_chunk().copied().map(u64::from_le_bytes)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::place;
+
+    const RSDP: u64 = 0xf_0000;
+    const RSDT: u64 = 0x10_0000;
+
+    /// Puts a table into memory with its length and a right checksum.
+    fn place_table(address: u64, signature: &[u8; 4], body: &[u8]) {
+        let mut table = vec![0; HEADER_BYTES];
+        table[..4].copy_from_slice(signature);
+        table[4..8].copy_from_slice(&((HEADER_BYTES + body.len()) as u32).to_le_bytes());
+        table.extend(body);
+        table[9] = 0_u8.wrapping_sub(table.iter().fold(0, |sum: u8, byte| sum.wrapping_add(*byte)));
+        place(address, &table);
+    }
+
+    fn place_root(tables: &[u64]) {
+        let mut pointer = *b"RSD PTR \0nestlg\0\0\0\0\0";
+        pointer[16..20].copy_from_slice(&(RSDT as u32).to_le_bytes());
+        pointer[8] = 0_u8.wrapping_sub(pointer.iter().fold(0, |sum: u8, byte| sum.wrapping_add(*byte)));
+        place(RSDP, &pointer);
+        let entries: Vec<u8> = tables.iter().flat_map(|at| (*at as u32).to_le_bytes()).collect();
+        place_table(RSDT, b"RSDT", &entries);
+    }
+
+    fn fadt(dsdt: u32) -> Vec<u8> {
+        let mut body = vec![0; 244 - HEADER_BYTES];
+        let mut put = |offset: usize, value: u32| {
+            body[offset - HEADER_BYTES..offset - HEADER_BYTES + 4].copy_from_slice(&value.to_le_bytes());
+        };
+        put(40, dsdt);
+        put(64, 0x604);
+        put(76, 0x608);
+        put(112, FADT_TIMER_IS_32_BIT);
+        body
+    }
+
+    #[test]
+    fn cores_timer_window_and_power_off_are_found() {
+        place_root(&[0x20_0000, 0x30_0000, 0x40_0000]);
+        place_table(0x20_0000, b"FACP", &fadt(0x50_0000));
+        // Name (_S5, Package (4) { 5, 1, 0, 0 })
+        place_table(0x50_0000, b"DSDT", b"junk_S5_junk\x08_S5_\x12\x08\x04\x0a\x05\x01\x00\x00");
+        let mut madt = vec![0; 8];
+        madt.extend([0, 8, 0, 3, 1, 0, 0, 0]); // enabled
+        madt.extend([0, 8, 1, 4, 0, 0, 0, 0]); // disabled
+        madt.extend([9, 16, 0, 0, 0x44, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]); // x2APIC, enabled
+        madt.extend([1, 0]); // a length of zero ends the list
+        place_table(0x30_0000, b"APIC", &madt);
+        let mut mcfg = vec![0; 8];
+        mcfg.extend(0xe000_0000_u64.to_le_bytes());
+        mcfg.extend([0, 0, 0, 7, 0, 0, 0, 0]);
+        place_table(0x40_0000, b"MCFG", &mcfg);
+        let firmware = Firmware::read(RSDP).unwrap();
+        assert_eq!(firmware.apic_ids, [3, 0x144]);
+        assert_eq!((firmware.pm_timer_port, firmware.pm_timer_is_32_bit), (Some(0x608), true));
+        assert_eq!(
+            firmware.config_window,
+            Some(ConfigWindow { base: 0xe000_0000, first_bus: 0, last_bus: 7 })
+        );
+        let pm1 = PowerOff::Pm1 { control_a: 0x604, control_b: None, type_a: 5, type_b: 1, enable: None };
+        assert_eq!(firmware.power_off, Some(pm1));
+    }
+
+    #[test]
+    fn a_missing_or_damaged_root_is_named() {
+        assert_eq!(Firmware::read(RSDP).unwrap_err(), AcpiError::NoRootPointer(RSDP));
+        assert_eq!(Firmware::read(0).unwrap_err(), AcpiError::NoRootPointer(0));
+        place_root(&[]);
+        place(RSDT + 9, &[0xff]);
+        assert_eq!(Firmware::read(RSDP).unwrap_err(), AcpiError::NoRootTable(RSDT));
+    }
+
+    #[test]
+    fn a_damaged_table_and_one_of_absurd_length_leave_their_fields_empty() {
+        place_root(&[0x20_0000, 0x30_0000, u64::from(u32::MAX)]);
+        place_table(0x20_0000, b"FACP", &fadt(0));
+        place(0x20_0000 + 100, &[1]);
+        place(0x30_0000, b"APIC\xff\xff\xff\xff");
+        let firmware = Firmware::read(RSDP).unwrap();
+        assert!(
+            firmware.pm_timer_port.is_none() && firmware.apic_ids.is_empty() && firmware.power_off.is_none()
+        );
+    }
+
+    #[test]
+    fn a_table_that_ends_early_is_read_as_far_as_it_goes() {
+        for length in 0..60 {
+            place_root(&[0x20_0000, 0x30_0000]);
+            place_table(0x20_0000, b"FACP", &fadt(0x50_0000)[..length]);
+            place_table(
+                0x30_0000,
+                b"APIC",
+                &[0, 0, 0, 0, 0, 0, 0, 0, 0, 8, 0, 3, 1, 0, 0, 0][..length.min(16)],
+            );
+            let firmware = Firmware::read(RSDP).unwrap();
+            assert_eq!(firmware.apic_ids.len(), usize::from(length >= 16));
+        }
+    }
+}

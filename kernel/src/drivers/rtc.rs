@@ -76,3 +76,35 @@ fn read(register: u8) -> u8 {
         Port::<u8>::new(0x71).read()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn binary_and_decimal_readings_of_24_and_12_hours_are_understood() {
+        // 2026-11-23 12:34:56, as `date -u -d @1795437296`.
+        let expected = Some(1_795_437_296);
+        assert_eq!(decode([56, 34, 12, 23, 11, 26], HOURS_ARE_24 | VALUES_ARE_BINARY), expected);
+        assert_eq!(decode([0x56, 0x34, 0x12, 0x23, 0x11, 0x26], HOURS_ARE_24), expected);
+        assert_eq!(decode([0x56, 0x34, 0x92, 0x23, 0x11, 0x26], 0), expected);
+        assert_eq!(decode([0x56, 0x34, 0x12, 0x23, 0x11, 0x26], 0), expected.map(|noon| noon - 12 * 3600));
+    }
+
+    #[test]
+    fn leap_days_count_from_the_day_they_come() {
+        let day = |month, day, year| {
+            decode([0, 0, 0, day, month, year], HOURS_ARE_24 | VALUES_ARE_BINARY).unwrap() / 86_400
+        };
+        assert_eq!(day(2, 29, 28) + 1, day(3, 1, 28));
+        assert_eq!(day(2, 28, 27) + 1, day(3, 1, 27));
+        assert_eq!(day(12, 31, 27) + 1, day(1, 1, 28));
+        assert_eq!(day(12, 31, 28) + 1, day(1, 1, 29));
+    }
+
+    #[test]
+    fn a_clock_that_is_not_there_gives_no_date() {
+        assert_eq!(decode([0xff; 6], 0xff), None);
+        assert_eq!(decode([0; 6], 0), None);
+    }
+}

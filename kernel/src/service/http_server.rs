@@ -193,3 +193,199 @@ impl Slot {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::entropy::RandomSource;
+    use super::super::node::NodeView;
+    use super::super::testing::{FakeMachines, Wire, at, connected_uplinks, image};
+    use super::super::uplink::Uplink;
+    use super::*;
+    use nestling_api::ApiConfig;
+
+    const REQUEST: &[u8] = b"GET /healthz HTTP/1.1\r\nHost: node\r\n\r\n";
+
+    /// A node and a client on one cable.
+    struct Net {
+        node: Uplink,
+        client: Uplink,
+        to_client: Wire,
+        server: HttpServer,
+        api: Api,
+        random: RandomSource,
+        answers_are_lost: bool,
+        ms: u64,
+    }
+
+    impl Net {
+        fn new(queue: usize) -> Self {
+            let (mut node, client, _, to_client) = connected_uplinks(queue);
+            let server = HttpServer::new(80, &mut node.sockets);
+            let random = RandomSource::gather(&[]);
+            Self {
+                node,
+                client,
+                to_client,
+                server,
+                api: Api::new(ApiConfig::default()),
+                random,
+                answers_are_lost: false,
+                ms: 0,
+            }
+        }
+
+        fn step(&mut self) {
+            self.ms += 1;
+            let now = at(self.ms);
+            let Self { node, client, to_client, server, api, random, answers_are_lost, .. } = self;
+            node.receive(now.monotonic_ns, |sockets| server.listen(sockets, now.monotonic_ns));
+            let images = [image("minimal")];
+            let mut view = NodeView {
+                name: "node",
+                images: &images,
+                uplink: node.describe(),
+                machines: &FakeMachines::default(),
+                running: 0,
+                ready_ns: Some(1),
+                random,
+            };
+            server.poll(&mut node.sockets, api, &mut view, now);
+            node.transmit(now.monotonic_ns);
+            // A SYN with its ACK has flag bit 1 set; the TCP header follows 14 bytes of Ethernet and 20 of IPv4.
+            if *answers_are_lost {
+                to_client.borrow_mut().retain(|frame| frame.get(47).is_none_or(|flags| flags & 2 == 0));
+            }
+            client.receive(now.monotonic_ns, |_| {});
+            client.transmit(now.monotonic_ns);
+        }
+
+        fn run(&mut self, ms: u64) {
+            (0..ms).for_each(|_| self.step());
+        }
+
+        fn connect(&mut self, port: u16) -> SocketHandle {
+            let buffer = || tcp::SocketBuffer::new(vec![0; 4096]);
+            let mut socket = tcp::Socket::new(buffer(), buffer());
+            socket.set_nagle_enabled(false);
+            let node = (core::net::Ipv4Addr::new(10, 0, 0, 1), 80);
+            socket.connect(self.client.context(), node, port).unwrap();
+            self.client.sockets.add(socket)
+        }
+
+        fn socket(&mut self, handle: SocketHandle) -> &mut tcp::Socket<'static> {
+            self.client.sockets.get_mut(handle)
+        }
+
+        fn received(&mut self, handle: SocketHandle) -> Vec<u8> {
+            let mut bytes = vec![0; 4096];
+            let count = self.socket(handle).recv_slice(&mut bytes).unwrap_or(0);
+            bytes.truncate(count);
+            bytes
+        }
+    }
+
+    #[test]
+    fn a_burst_of_200_connections_is_served_completely() {
+        let mut net = Net::new(1000);
+        let clients: Vec<_> = (0..200).map(|index| net.connect(10_000 + index)).collect();
+        net.run(100);
+        for client in &clients {
+            net.socket(*client).send_slice(REQUEST).unwrap();
+        }
+        net.run(100);
+        for client in clients {
+            assert!(net.received(client).starts_with(b"HTTP/1.1 200 OK"));
+        }
+    }
+
+    #[test]
+    fn a_short_send_queue_only_slows_a_burst_down() {
+        let mut net = Net::new(8);
+        let clients: Vec<_> = (0..100).map(|index| net.connect(10_000 + index)).collect();
+        net.run(3000);
+        for client in &clients {
+            net.socket(*client).send_slice(REQUEST).unwrap();
+        }
+        net.run(3000);
+        for client in clients {
+            assert!(net.received(client).starts_with(b"HTTP/1.1 200 OK"));
+        }
+    }
+
+    #[test]
+    fn connections_beyond_the_limit_are_refused_and_places_come_back() {
+        let mut net = Net::new(1000);
+        let clients: Vec<_> = (0..300).map(|index| net.connect(10_000 + index)).collect();
+        net.run(200);
+        let open = clients
+            .iter()
+            .filter(|client| net.client.sockets.get::<tcp::Socket<'_>>(**client).is_active())
+            .count();
+        assert_eq!(open, MAX_CONNECTIONS);
+        assert_eq!(net.server.slots.len(), MAX_CONNECTIONS);
+        for client in clients {
+            net.socket(client).close();
+        }
+        net.run(3000);
+        assert_eq!(net.server.slots.len(), LISTENERS);
+        let late = net.connect(20_000);
+        net.run(10);
+        assert!(net.socket(late).may_send());
+    }
+
+    #[test]
+    fn a_client_that_closes_its_half_at_once_gets_its_answer() {
+        let mut net = Net::new(1000);
+        let client = net.connect(10_000);
+        net.run(5);
+        net.socket(client).send_slice(REQUEST).unwrap();
+        net.socket(client).close();
+        net.run(20);
+        assert!(net.received(client).starts_with(b"HTTP/1.1 200 OK"));
+        net.run(12_000);
+        assert_eq!(net.server.slots.len(), LISTENERS);
+    }
+
+    #[test]
+    fn a_reset_connection_gives_its_place_back_at_once() {
+        let mut net = Net::new(1000);
+        let client = net.connect(10_000);
+        net.run(5);
+        net.socket(client).send_slice(b"GET /heal").unwrap();
+        net.run(5);
+        assert_eq!(net.server.slots.len(), LISTENERS + 1);
+        net.socket(client).abort();
+        net.run(5);
+        assert_eq!(net.server.slots.len(), LISTENERS);
+    }
+
+    #[test]
+    fn a_handshake_that_is_never_completed_does_not_keep_its_place() {
+        let mut net = Net::new(1000);
+        // So that both ends know each other's Ethernet address.
+        net.connect(10_000);
+        net.run(5);
+        let known = net.server.slots.len();
+        net.answers_are_lost = true;
+        let client = net.connect(10_001);
+        net.run(10);
+        let during = net.server.slots.len();
+        net.client.sockets.remove(client);
+        net.run(HALF_OPEN_NS / 1_000_000 + 10);
+        assert_eq!((during, net.server.slots.len()), (known + 1, known));
+    }
+
+    #[test]
+    fn a_slow_head_is_answered_at_the_deadline_the_server_gave() {
+        let mut net = Net::new(1000);
+        let client = net.connect(10_000);
+        net.run(5);
+        net.socket(client).send_slice(b"GET /heal").unwrap();
+        net.run(5);
+        let deadline = net.server.deadline().unwrap() / 1_000_000;
+        assert!((29_000..31_000).contains(&deadline), "{deadline}");
+        net.ms = deadline;
+        net.run(5);
+        assert!(net.received(client).starts_with(b"HTTP/1.1 408"));
+    }
+}

@@ -1,7 +1,9 @@
-//! What tests of several modules share: machines that are none, with an agent that a test speaks for.
+//! What tests of several modules share: machines that are none, with an agent that a test speaks for, and a cable between two uplinks.
 
-use alloc::collections::BTreeMap;
+use alloc::collections::{BTreeMap, VecDeque};
 use alloc::vec::Vec;
+use std::cell::RefCell;
+use std::rc::Rc;
 
 use nestling_api::Clock;
 use nestling_api::agent::AgentMessage;
@@ -10,6 +12,8 @@ use nestling_api::types::{self, HostMemory, JobRequest, StepRequest, Vendor};
 
 use super::images::Image;
 use super::machines::{AgentLink, CreateError, HypervisorReport, MachineSpec, Machines};
+use super::uplink::{Addressing, Uplink};
+use crate::drivers::nic::Nic;
 
 /// So many milliseconds after boot.
 pub fn at(ms: u64) -> Clock {
@@ -144,4 +148,63 @@ impl Machines for FakeMachines {
             tsc_khz: 1_000_000,
         }
     }
+}
+
+/// Frames on their way in one direction.
+pub type Wire = Rc<RefCell<VecDeque<Vec<u8>>>>;
+
+/// One end of a cable.
+pub struct CableEnd {
+    pub mac: u8,
+    pub incoming: Wire,
+    pub outgoing: Wire,
+    /// Frames the end takes before [`Nic::can_transmit`] says no, until the other end has received some.
+    pub queue: usize,
+}
+
+impl Nic for CableEnd {
+    fn driver(&self) -> &'static str {
+        "cable"
+    }
+
+    fn mac(&self) -> [u8; 6] {
+        [2, 0, 0, 0, 0, self.mac]
+    }
+
+    fn receive(&mut self, into: &mut [u8]) -> Option<usize> {
+        let frame = self.incoming.borrow_mut().pop_front()?;
+        into.get_mut(..frame.len())?.copy_from_slice(&frame);
+        Some(frame.len())
+    }
+
+    fn can_transmit(&mut self) -> bool {
+        self.outgoing.borrow().len() < self.queue
+    }
+
+    fn transmit(&mut self, frame: &[u8]) -> bool {
+        let room = self.can_transmit();
+        if room {
+            self.outgoing.borrow_mut().push_back(frame.to_vec());
+        }
+        room
+    }
+
+    fn take_interrupt(&mut self) -> bool {
+        false
+    }
+
+    fn has_interrupt(&self) -> bool {
+        true
+    }
+}
+
+/// Two uplinks, 10.0.0.1 and 10.0.0.2, and the wires between them: frames to the first, frames to the second.
+pub fn connected_uplinks(queue: usize) -> (Uplink, Uplink, Wire, Wire) {
+    let (to_first, to_second) = (Wire::default(), Wire::default());
+    let end = |mac, incoming: &Wire, outgoing: &Wire| {
+        let nic = CableEnd { mac, incoming: Rc::clone(incoming), outgoing: Rc::clone(outgoing), queue };
+        let ip = alloc::format!("10.0.0.{mac}/24");
+        Uplink::new(Box::new(nic), Addressing::parse(Some(&ip), None).unwrap(), 80, u64::from(mac), 0)
+    };
+    (end(1, &to_first, &to_second), end(2, &to_second, &to_first), to_first, to_second)
 }

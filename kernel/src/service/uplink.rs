@@ -236,6 +236,12 @@ impl Uplink {
         [protocols, polling, patience].into_iter().flatten().min()
     }
 
+    /// The interface's side of opening a connection, for tests that need a client.
+    #[cfg(test)]
+    pub fn context(&mut self) -> &mut smoltcp::iface::Context {
+        self.interface.context()
+    }
+
     /// Whether the node has an address.
     #[must_use]
     pub fn is_up(&self) -> bool {
@@ -332,4 +338,78 @@ impl fmt::Display for Mac {
 
 fn instant(now: u64) -> Instant {
     Instant::from_micros(i64::try_from(now / 1000).unwrap_or(i64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{CableEnd, Wire, connected_uplinks};
+    use super::*;
+
+    const MS: u64 = 1_000_000;
+
+    #[test]
+    fn without_an_answer_dhcp_is_asked_again_and_the_operator_told() {
+        let sent = Wire::default();
+        let nic = CableEnd { mac: 1, incoming: Wire::default(), outgoing: sent.clone(), queue: 100 };
+        let mut uplink = Uplink::new(Box::new(nic), Addressing::Dhcp, 80, 1, 0);
+        let mut now = 0;
+        let mut rounds = 0;
+        while now < 30 * SECOND {
+            uplink.receive(now, |_| {});
+            uplink.transmit(now);
+            now = uplink.deadline(now).unwrap().max(now + MS);
+            rounds += 1;
+        }
+        let asked = sent.borrow().len();
+        assert!((10..=20).contains(&asked), "asked {asked} times");
+        assert!(rounds < 100, "{rounds} rounds for {asked} frames");
+        assert!(uplink.dhcp.as_ref().unwrap().told && !uplink.is_up());
+        assert_eq!(uplink.describe().mac, "02:00:00:00:00:01");
+        assert_eq!(uplink.describe().address, None);
+    }
+
+    #[test]
+    fn a_static_address_is_up_at_once_and_quiet() {
+        let (mut uplink, _, _, sent) = connected_uplinks(100);
+        assert!(uplink.is_up());
+        assert_eq!(uplink.describe().address.as_deref(), Some("10.0.0.1/24"));
+        uplink.receive(MS, |_| {});
+        uplink.transmit(MS);
+        assert!(sent.borrow().is_empty());
+        assert_eq!(uplink.deadline(MS), None);
+    }
+
+    #[test]
+    fn rubbish_frames_are_survived() {
+        let (mut uplink, _, incoming, _) = connected_uplinks(100);
+        let mut state = 1_u64;
+        for length in 0..MAX_FRAME_BYTES {
+            let mut frame: Vec<u8> = (0..length)
+                .map(|_| {
+                    state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                    (state >> 56) as u8
+                })
+                .collect();
+            // To this interface, alternately IPv4 and ARP, so that more than the first check is reached.
+            if let Some(head) = frame.first_chunk_mut::<15>() {
+                *head = [2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 9, 8, if length % 2 == 0 { 0 } else { 6 }, 0x45];
+            }
+            incoming.borrow_mut().push_back(frame);
+        }
+        for round in 0..4 {
+            uplink.receive(round * MS, |_| {});
+            uplink.transmit(round * MS);
+        }
+        assert!(incoming.borrow().is_empty() && uplink.is_up());
+    }
+
+    #[test]
+    fn frames_left_behind_bring_the_next_round_soon() {
+        let (mut uplink, _, incoming, _) = connected_uplinks(100);
+        incoming.borrow_mut().extend((0..FRAMES_PER_POLL + 1).map(|_| vec![0; 60]));
+        uplink.receive(0, |_| {});
+        assert_eq!(uplink.deadline(0), Some(POLL_INTERVAL_NS));
+        uplink.receive(POLL_INTERVAL_NS, |_| {});
+        assert_eq!(uplink.deadline(POLL_INTERVAL_NS), None);
+    }
 }
