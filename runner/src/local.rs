@@ -115,7 +115,13 @@ fn launch(dir: &NodeDir, qemu: &Qemu) -> Result<u32, LocalError> {
     match output {
         Ok(output) if output.status.success() => {}
         Ok(output) => {
-            return Err(LocalError::Qemu(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
+            let words = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+            return Err(match qemu.network {
+                Network::User { port } if words.contains("host forwarding rule") => {
+                    LocalError::PortTaken(port)
+                }
+                _ => LocalError::Qemu(words),
+            });
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(LocalError::NoQemu),
         Err(error) => return Err(LocalError::Qemu(error.to_string())),
