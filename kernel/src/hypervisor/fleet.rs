@@ -12,7 +12,7 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use nestling_machine::platform::linux::LinuxImage;
 use nestling_machine::platform::{Entropy, VsockHost};
-use nestling_machine::vcpu::HostCpuid;
+use nestling_machine::vcpu::{HostCpuid, emulate};
 
 /// Console lines that a machine leaves behind.
 const CONSOLE_LINES: usize = 40;
@@ -53,6 +53,7 @@ impl<B: Backend> Fleet<B> {
     /// An empty fleet. `components` are the XSAVE components that [`crate::cpu::fpu::init`] found.
     pub fn new(backend: B, pool: FramePool, entropy: Box<dyn Entropy>, components: u64) -> Self {
         let host = Arc::new(HostCpuid::read(features::cpuid));
+        emulate::prepare();
         Self {
             backend,
             pool,

@@ -18,6 +18,9 @@ use nestling_machine::vcpu::{Lapic, MsrEffect};
 /// The CPUID leaf whose sizes follow XCR0.
 const XSTATE_LEAF: u32 = 0xD;
 
+/// See [`Machine::timer_slack_ns`].
+const BOOT_TIMER_SLACK_NS: u64 = 20_000_000;
+
 /// Why a vCPU stopped running.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Pause {
@@ -103,7 +106,7 @@ impl<B: Backend> Machine<B> {
         self.hardware.offer_interrupt(self.vcpu.lapic.pending());
         self.accept_interrupt();
         self.vcpu.before_entry(&mut RamView { ram: &mut self.ram, pool: node.pool });
-        let timer = self.deadline_ns();
+        let timer = self.deadline_ns().map(|deadline| deadline.saturating_add(self.timer_slack_ns()));
         apic::timer_arm(match (timer, node.deadline) {
             (Some(a), Some(b)) => Some(a.min(b)),
             (a, b) => a.or(b),
@@ -126,6 +129,15 @@ impl<B: Backend> Machine<B> {
         }
         while let Some(ipi) = self.vcpu.lapic.take_ipi() {
             log::debug!("an interprocessor interrupt to a processor that is not there: {ipi:?}");
+        }
+    }
+
+    /// How late the timer may interrupt a guest that is running. Until the agent has connected nobody waits for anything but the end
+    /// of the boot, and every tick costs two exits; Linux makes up for missed ticks by itself. A halted guest is woken in time.
+    fn timer_slack_ns(&mut self) -> u64 {
+        match self.platform.vsock().state() {
+            VsockState::Listening => BOOT_TIMER_SLACK_NS,
+            VsockState::Connected | VsockState::Closed => 0,
         }
     }
 
