@@ -14,6 +14,7 @@ use std::fmt;
 use std::fs;
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
@@ -253,6 +254,8 @@ impl BedBuilder {
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
+            // A signal to all of a terminal's or a timeout's processes must not end it before it has cleaned up.
+            .process_group(0)
             .spawn()
             .map_err(BedError::Files)?;
         // From here on the keeper removes the directory.

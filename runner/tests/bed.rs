@@ -1,10 +1,12 @@
 //! The bed with a kernel of a few instructions: what a bed does must not depend on nestling's own kernel.
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::time::Duration;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use nestling::bed::{Bed, BedBuilder, BedError};
 use nestling::qemu::Network;
@@ -83,6 +85,39 @@ fn dropping_the_bed_ends_qemu_and_removes_its_files() {
     drop(node);
     assert!(!Path::new(&format!("/proc/{pid}")).exists());
     assert!(!log.exists());
+}
+
+#[test]
+fn a_process_that_is_killed_with_its_group_leaves_no_qemu_and_no_files() {
+    const NAME: &str = "a_process_that_is_killed_with_its_group_leaves_no_qemu_and_no_files";
+    const ROLE: &str = "NESTLING_TEST_OWNER_IN";
+    if let Some(dir) = std::env::var_os(ROLE) {
+        // This is the process that is killed.
+        let node = bed(Path::new(&dir), "up\n", false).start().unwrap();
+        println!("pid {} of {}", node.pid().unwrap(), node.serial_log_path().display());
+        std::thread::sleep(LONG);
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut owner = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "--nocapture", NAME])
+        .env(ROLE, dir.path())
+        .stdout(Stdio::piped())
+        .process_group(0)
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(owner.stdout.take().unwrap()).lines();
+    let line =
+        lines.map(Result::unwrap).find_map(|line| line.split_once("pid ").map(|(_, rest)| rest.to_owned()));
+    let (pid, log) = line.as_deref().and_then(|line| line.split_once(" of ")).unwrap();
+    let status = Command::new("kill").args(["-KILL", "--", &format!("-{}", owner.id())]).status().unwrap();
+    assert!(status.success());
+    owner.wait().unwrap();
+    let start = Instant::now();
+    while Path::new(&format!("/proc/{pid}")).exists() || Path::new(log).exists() {
+        assert!(start.elapsed() < LONG, "QEMU or its files outlive the process");
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 #[test]
