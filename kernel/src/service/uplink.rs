@@ -270,8 +270,9 @@ impl Uplink {
             Some(dhcpv4::Event::Configured(config)) => {
                 let (address, gateway) = (config.address, config.router);
                 dhcp.told = true;
-                let unchanged = self.interface.ip_addrs() == [IpCidr::Ipv4(address)];
-                if !unchanged {
+                let route = self.interface.routes().get_default_ipv4_route().map(|route| route.via_router);
+                let same_route = route == gateway.map(Into::into);
+                if !same_route || self.interface.ip_addrs() != [IpCidr::Ipv4(address)] {
                     self.configure(address, gateway, " by DHCP");
                 }
             }
@@ -411,5 +412,108 @@ mod tests {
         assert_eq!(uplink.deadline(0), Some(POLL_INTERVAL_NS));
         uplink.receive(POLL_INTERVAL_NS, |_| {});
         assert_eq!(uplink.deadline(POLL_INTERVAL_NS), None);
+    }
+
+    /// An answer to a DHCP request, as RFC 2131 has it: message type 2 (offer) for a discover, 5 (acknowledgement) for the rest.
+    fn dhcp_answer(request: &[u8], address: [u8; 4], lease_seconds: u32) -> Option<Vec<u8>> {
+        const SERVER: [u8; 4] = [10, 0, 0, 254];
+        let dhcp = request.get(42..)?;
+        let kind = if dhcp.windows(3).any(|option| option == [53, 1, 1]) { 2 } else { 5 };
+        let mut body = vec![2, 1, 6, 0];
+        body.extend(&dhcp[4..8]);
+        body.extend([0; 8]);
+        body.extend(address);
+        body.extend([0; 8]);
+        body.extend(&dhcp[28..44]);
+        body.extend([0; 192]);
+        body.extend([0x63, 0x82, 0x53, 0x63, 53, 1, kind, 54, 4]);
+        body.extend(SERVER);
+        body.extend([51, 4]);
+        body.extend(lease_seconds.to_be_bytes());
+        body.extend([1, 4, 255, 255, 255, 0, 3, 4]);
+        body.extend(SERVER);
+        body.push(255);
+        let length = |bytes: usize| (bytes as u16).to_be_bytes();
+        let mut ip =
+            [&[0x45, 0], &length(28 + body.len())[..], &[0; 4], &[64, 17, 0, 0], &SERVER, &[255; 4]].concat();
+        let sum: u32 = ip.chunks(2).map(|word| u32::from(word[0]) << 8 | u32::from(word[1])).sum();
+        let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
+        ip[10..12].copy_from_slice(&sum.to_be_bytes());
+        let udp = [&[0, 67, 0, 68], &length(8 + body.len())[..], &[0, 0]].concat();
+        Some([&[255; 6], &[2, 0, 0, 0, 0, 254, 8, 0][..], &ip, &udp, &body].concat())
+    }
+
+    /// An uplink with a DHCP server that gives `address` for a minute, or is silent.
+    struct Dhcpd {
+        uplink: Uplink,
+        to_uplink: Wire,
+        from_uplink: Wire,
+        address: Option<[u8; 4]>,
+        now: u64,
+    }
+
+    impl Dhcpd {
+        fn new() -> Self {
+            let (to_uplink, from_uplink) = (Wire::default(), Wire::default());
+            let nic =
+                CableEnd { mac: 1, incoming: to_uplink.clone(), outgoing: from_uplink.clone(), queue: 100 };
+            let uplink = Uplink::new(Box::new(nic), Addressing::Dhcp, 80, 1, 0);
+            Self { uplink, to_uplink, from_uplink, address: Some([10, 0, 0, 7]), now: 0 }
+        }
+
+        fn run(&mut self, seconds: u64) {
+            let end = self.now + seconds * SECOND;
+            while self.now < end {
+                self.uplink.receive(self.now, |_| {});
+                self.uplink.transmit(self.now);
+                for request in self.from_uplink.borrow_mut().drain(..) {
+                    let is_dhcp =
+                        request.get(12..14) == Some(&[8, 0]) && request.get(36..38) == Some(&[0, 67]);
+                    if let Some(address) = self.address.filter(|_| is_dhcp) {
+                        self.to_uplink.borrow_mut().extend(dhcp_answer(&request, address, 60));
+                    } else if request.get(12..14) == Some(&[8, 6])
+                        && request.get(38..42) == Some(&[10, 0, 0, 254])
+                    {
+                        // Who has the server's address? A renewal goes to it alone.
+                        let mut answer =
+                            [&request[6..12], &[2, 0, 0, 0, 0, 254, 8, 6], &request[14..20], &[0, 2]]
+                                .concat();
+                        answer.extend([2, 0, 0, 0, 0, 254, 10, 0, 0, 254]);
+                        answer.extend(&request[22..32]);
+                        self.to_uplink.borrow_mut().push_back(answer);
+                    }
+                }
+                self.now += 100 * MS;
+            }
+        }
+
+        fn address(&self) -> Option<String> {
+            self.uplink.describe().address
+        }
+    }
+
+    #[test]
+    fn dhcp_gives_address_and_gateway_and_the_lease_is_renewed() {
+        let mut dhcpd = Dhcpd::new();
+        dhcpd.run(2);
+        assert_eq!(dhcpd.address().as_deref(), Some("10.0.0.7/24"));
+        assert_eq!(dhcpd.uplink.describe().gateway.as_deref(), Some("10.0.0.254"));
+        for _ in 0..30 {
+            dhcpd.run(10);
+            assert_eq!(dhcpd.address().as_deref(), Some("10.0.0.7/24"), "at {} s", dhcpd.now / SECOND);
+        }
+    }
+
+    #[test]
+    fn a_lease_that_nobody_renews_is_given_up_and_asked_for_again() {
+        let mut dhcpd = Dhcpd::new();
+        dhcpd.run(2);
+        dhcpd.address = None;
+        dhcpd.run(70);
+        assert_eq!(dhcpd.address(), None);
+        assert_eq!(dhcpd.uplink.describe().gateway, None);
+        dhcpd.address = Some([10, 0, 0, 9]);
+        dhcpd.run(15);
+        assert_eq!(dhcpd.address().as_deref(), Some("10.0.0.9/24"));
     }
 }
