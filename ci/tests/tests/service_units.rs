@@ -1,5 +1,6 @@
-//! Host tests of the kernel's service and drivers. The kernel is built for a target without a test harness, so its files, and the tests in
-//! them, are taken in by path; what they need of the rest of the kernel is played here.
+//! Host tests of the kernel's service and drivers. The kernel is built for a target without a test harness,
+//! so its files, and the tests in them, are taken in by path; what they need of the rest of the kernel is
+//! played here.
 #![allow(dead_code, reason = "the kernel uses what these tests do not")]
 
 extern crate alloc;

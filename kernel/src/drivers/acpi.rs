@@ -1,10 +1,12 @@
 //! What the firmware's ACPI tables tell: cores, the PM timer, PCI's configuration window, how to power off.
 //!
-//! ACPI specification 6.5: 5.2.5 (RSDP), 5.2.7-5.2.8 (RSDT, XSDT), 5.2.9 (FADT), 5.2.12 (MADT), 4.8.3.3 (PM timer), 4.8.3.2.1 (PM1 control),
-//! 4.8.3.7 (sleep control), 7.4.2 (the \_S5 object); PCI Firmware specification 3.3, 4.1.2 (MCFG).
+//! ACPI specification 6.5: 5.2.5 (RSDP), 5.2.7-5.2.8 (RSDT, XSDT), 5.2.9 (FADT), 5.2.12 (MADT), 4.8.3.3 (PM
+//! timer), 4.8.3.2.1 (PM1 control), 4.8.3.7 (sleep control), 7.4.2 (the \_S5 object); PCI Firmware
+//! specification 3.3, 4.1.2 (MCFG).
 //!
-//! Only fixed tables are read, no AML runs: the one AML value needed, the sleep type of \_S5, is a constant package that is found by its name.
-//! Every table is copied out once, its length bounded and its checksum proven, before it is parsed.
+//! Only fixed tables are read, no AML runs: the one AML value needed, the sleep type of \_S5, is a constant
+//! package that is found by its name. Every table is copied out once, its length bounded and its checksum
+//! proven, before it is parsed.
 
 use alloc::vec;
 use alloc::vec::Vec;
@@ -85,7 +87,8 @@ pub struct Firmware {
 }
 
 impl Firmware {
-    /// Reads the tables the RSDP at physical address `rsdp` leads to. A table that is missing or broken leaves its fields empty.
+    /// Reads the tables the RSDP at physical address `rsdp` leads to. A table that is missing or broken
+    /// leaves its fields empty.
     ///
     /// # Errors
     /// When there is no valid RSDP or root table.
@@ -162,7 +165,8 @@ impl Firmware {
         }
     }
 
-    /// Powers the machine off. Returns only where the firmware names no way to, or the way did not work within some milliseconds.
+    /// Powers the machine off. Returns only where the firmware names no way to, or the way did not work
+    /// within some milliseconds.
     pub fn power_off(&self) {
         match self.power_off {
             Some(PowerOff::Pm1 { control_a, control_b, type_a, type_b, enable }) => {
@@ -170,7 +174,8 @@ impl Firmware {
                     && read_port(control_a) & PM1_SCI_ENABLED == 0
                 {
                     Register::Port(command).write_byte(value);
-                    // The firmware may take a moment to hand the registers over; reading a port takes about a microsecond.
+                    // The firmware may take a moment to hand the registers over; reading a port takes about a
+                    // microsecond.
                     for _ in 0..10_000 {
                         if read_port(control_a) & PM1_SCI_ENABLED != 0 {
                             break;
@@ -196,9 +201,11 @@ impl Firmware {
 impl Register {
     fn write_byte(self, value: u8) {
         match self {
-            // SAFETY: the port is the one the firmware's tables (or the PC platform) name for this purpose; no memory is reached through it.
+            // SAFETY: the port is the one the firmware's tables (or the PC platform) name for this purpose;
+            // no memory is reached through it.
             Self::Port(port) => unsafe { Port::<u8>::new(port).write(value) },
-            // SAFETY: map_mmio returns a mapped pointer to at least one byte; the firmware's tables name the address as a register.
+            // SAFETY: map_mmio returns a mapped pointer to at least one byte; the firmware's tables name the
+            // address as a register.
             Self::Memory(address) => unsafe { crate::memory::map_mmio(address, 1).write_volatile(value) },
         }
     }
@@ -210,7 +217,8 @@ fn read_port(port: u16) -> u16 {
 }
 
 fn write_port(port: u16, value: u16) {
-    // SAFETY: the port is a PM1 control register the FADT names; writing it changes the machine's power state only.
+    // SAFETY: the port is a PM1 control register the FADT names; writing it changes the machine's power state
+    // only.
     unsafe { Port::<u16>::new(port).write(value) }
 }
 
@@ -256,12 +264,14 @@ fn copy(address: u64, bytes: usize) -> Option<Vec<u8>> {
     }
     let source = crate::memory::map_mmio(address, bytes);
     let mut into = vec![0; bytes];
-    // SAFETY: map_mmio makes `bytes` bytes readable at the returned pointer; the vector is as long and fresh, so they do not overlap.
+    // SAFETY: map_mmio makes `bytes` bytes readable at the returned pointer; the vector is as long and fresh,
+    // so they do not overlap.
     unsafe { core::ptr::copy_nonoverlapping(source, into.as_mut_ptr(), bytes) };
     Some(into)
 }
 
-/// A fixed hardware block: the 64-bit form at `extended` where it is present and not zero, else the I/O port at `legacy`.
+/// A fixed hardware block: the 64-bit form at `extended` where it is present and not zero, else the I/O port
+/// at `legacy`.
 fn block(fadt: &[u8], legacy: usize, extended: usize) -> Option<Register> {
     generic_address(fadt, extended).or_else(|| {
         let port = u16::try_from(u32_at(fadt, legacy)?).ok()?;
@@ -279,14 +289,16 @@ fn generic_address(table: &[u8], offset: usize) -> Option<Register> {
     }
 }
 
-/// The two sleep types of the package `\_S5` in a DSDT: `Name (_S5, Package () { a, b, ... })`, its integers encoded as AML constants.
+/// The two sleep types of the package `\_S5` in a DSDT: `Name (_S5, Package () { a, b, ... })`, its integers
+/// encoded as AML constants.
 fn s5_sleep_types(dsdt: &[u8]) -> Option<(u8, u8)> {
     const PACKAGE: u8 = 0x12;
     let body = dsdt.get(HEADER_BYTES..)?;
     body.windows(4).enumerate().filter(|(_, name)| name == b"_S5_").find_map(|(at, _)| {
         let package = body.get(at.checked_add(4)?..)?;
         let (&[PACKAGE, lead], rest) = package.split_first_chunk::<2>()? else { return None };
-        // The top two bits of a PkgLength's first byte count the bytes that follow it; then comes the number of elements.
+        // The top two bits of a PkgLength's first byte count the bytes that follow it; then comes the number
+        // of elements.
         let elements = rest.get(usize::from(lead >> 6) + 1..)?;
         let (a, rest) = aml_byte(elements)?;
         let b = aml_byte(rest).map_or(a, |(b, _)| b);
@@ -294,7 +306,8 @@ fn s5_sleep_types(dsdt: &[u8]) -> Option<(u8, u8)> {
     })
 }
 
-/// One small AML integer (20.2.3): ZeroOp, OneOp, or BytePrefix, WordPrefix, DWordPrefix with its value; and what follows it.
+/// One small AML integer (20.2.3): ZeroOp, OneOp, or BytePrefix, WordPrefix, DWordPrefix with its value; and
+/// what follows it.
 fn aml_byte(aml: &[u8]) -> Option<(u8, &[u8])> {
     let (first, rest) = aml.split_first()?;
     match first {

@@ -1,4 +1,5 @@
-//! Memory shared with devices. The heap is identity-mapped and devices see physical memory as it is, so sharing is free.
+//! Memory shared with devices. The heap is identity-mapped and devices see physical memory as it is, so
+//! sharing is free.
 
 use alloc::alloc::{Layout, alloc_zeroed, dealloc};
 use core::ptr::NonNull;
@@ -13,8 +14,9 @@ fn layout(pages: usize) -> Option<Layout> {
     Layout::from_size_align(pages.checked_mul(PAGE_SIZE)?, PAGE_SIZE).ok().filter(|layout| layout.size() > 0)
 }
 
-// SAFETY: dma_alloc returns zeroed, page-aligned heap memory that is nobody else's until dma_dealloc; MMIO is mapped by the kernel at its
-// physical address; sharing needs no copy because virtual and physical addresses are the same.
+// SAFETY: dma_alloc returns zeroed, page-aligned heap memory that is nobody else's until dma_dealloc; MMIO is
+// mapped by the kernel at its physical address; sharing needs no copy because virtual and physical addresses
+// are the same.
 unsafe impl Hal for IdentityDma {
     fn dma_alloc(pages: usize, _direction: BufferDirection) -> (PhysAddr, NonNull<u8>) {
         // SAFETY: the layout's size is not zero.

@@ -18,13 +18,15 @@ pub trait Nic {
     /// The interface's Ethernet address.
     fn mac(&self) -> [u8; 6];
 
-    /// Copies the oldest received frame to the front of `into` and returns its length; frames that do not fit are dropped.
+    /// Copies the oldest received frame to the front of `into` and returns its length; frames that do not fit
+    /// are dropped.
     fn receive(&mut self, into: &mut [u8]) -> Option<usize>;
 
     /// Whether [`Nic::transmit`] would take a frame now.
     fn can_transmit(&mut self) -> bool;
 
-    /// Queues a frame for sending. False if it was dropped because the queue is full, the frame too long or the device broken.
+    /// Queues a frame for sending. False if it was dropped because the queue is full, the frame too long or
+    /// the device broken.
     fn transmit(&mut self, frame: &[u8]) -> bool;
 
     /// Whether the interface has raised an interrupt since the last call.

@@ -1,7 +1,7 @@
 //! PCI configuration: finding functions, their regions, and message-signalled interrupts.
 //!
-//! PCI Local Bus specification 3.0: 3.2.2.3.2 (configuration by ports 0xCF8 and 0xCFC), 6.1 (header), 6.2.5 (base addresses), 6.8.2 (MSI-X).
-//! PCI Express Base specification: 7.2.2 (memory-mapped configuration).
+//! PCI Local Bus specification 3.0: 3.2.2.3.2 (configuration by ports 0xCF8 and 0xCFC), 6.1 (header), 6.2.5
+//! (base addresses), 6.8.2 (MSI-X). PCI Express Base specification: 7.2.2 (memory-mapped configuration).
 
 use alloc::vec::Vec;
 use core::fmt;
@@ -137,8 +137,8 @@ impl ConfigSpace {
         functions
     }
 
-    /// Stops the function from decoding its registers. Finding out a region's size writes to its base address register; emulators rebuild
-    /// their memory map each time (a millisecond) unless decoding is off.
+    /// Stops the function from decoding its registers. Finding out a region's size writes to its base address
+    /// register; emulators rebuild their memory map each time (a millisecond) unless decoding is off.
     pub fn disable(&self, function: DeviceFunction) {
         let mut root = PciRoot::new(*self);
         let (_, command) = root.get_status_command(function);
@@ -155,7 +155,8 @@ impl ConfigSpace {
         );
     }
 
-    /// The memory behind base address register `index`; `None` if it is unused, in port space, or has no address.
+    /// The memory behind base address register `index`; `None` if it is unused, in port space, or has no
+    /// address.
     #[must_use]
     pub fn memory_region(&self, function: DeviceFunction, index: u8) -> Option<Region> {
         if index > 5 {
@@ -199,7 +200,8 @@ impl ConfigSpace {
         let [a0, a1, a2, a3, b0, b1, b2, b3] = address.to_le_bytes();
         let words = [u32::from_le_bytes([a0, a1, a2, a3]), u32::from_le_bytes([b0, b1, b2, b3]), data, 0];
         for (index, word) in words.into_iter().enumerate() {
-            // SAFETY: the entry's 16 bytes lie within the function's region, were just mapped, and hold four aligned 32-bit registers.
+            // SAFETY: the entry's 16 bytes lie within the function's region, were just mapped, and hold four
+            // aligned 32-bit registers.
             unsafe { registers.add(index).write_volatile(word) };
         }
         space.write_word(function, msix.capability, (control | MSIX_ENABLE) & !MSIX_MASK_ALL);
@@ -226,7 +228,8 @@ fn window_pointer(window: ConfigWindow, function: DeviceFunction, offset: u8) ->
 impl ConfigurationAccess for ConfigSpace {
     fn read_word(&self, function: DeviceFunction, offset: u8) -> u32 {
         match self {
-            // SAFETY: the ports select and read a configuration register, which has no effect on memory; only one core does this.
+            // SAFETY: the ports select and read a configuration register, which has no effect on memory; only
+            // one core does this.
             Self::Ports => unsafe {
                 Port::<u32>::new(CONFIG_ADDRESS).write(port_address(function, offset));
                 Port::<u32>::new(CONFIG_DATA).read()
@@ -242,7 +245,8 @@ impl ConfigurationAccess for ConfigSpace {
 
     fn write_word(&mut self, function: DeviceFunction, offset: u8, value: u32) {
         match self {
-            // SAFETY: the ports select and write a configuration register of a function that this kernel owns; only one core does this.
+            // SAFETY: the ports select and write a configuration register of a function that this kernel
+            // owns; only one core does this.
             Self::Ports => unsafe {
                 Port::<u32>::new(CONFIG_ADDRESS).write(port_address(function, offset));
                 Port::<u32>::new(CONFIG_DATA).write(value);

@@ -1,6 +1,7 @@
 //! The wall clock at boot, from the battery-backed CMOS clock.
 //!
-//! Motorola MC146818A, "Register A" (update in progress), "Register B" (24 hours, binary); IBM PC AT CMOS map for the registers' numbers.
+//! Motorola MC146818A, "Register A" (update in progress), "Register B" (24 hours, binary); IBM PC AT CMOS map
+//! for the registers' numbers.
 
 use x86_64::instructions::port::Port;
 
@@ -19,7 +20,8 @@ const AFTERNOON: u8 = 1 << 7;
 /// How often a reading is tried again: an update takes 2 ms at most, a register read about a microsecond.
 const ATTEMPTS: usize = 10_000;
 
-/// Seconds since 1970-01-01T00:00:00Z, or `None` where there is no clock that gives a sane date between 2020 and 2099.
+/// Seconds since 1970-01-01T00:00:00Z, or `None` where there is no clock that gives a sane date between 2020
+/// and 2099.
 #[must_use]
 pub fn unix_seconds() -> Option<u64> {
     let mut previous = None;
@@ -57,7 +59,8 @@ fn decode(reading: [u8; 6], status: u8) -> Option<u64> {
     valid.then(|| ((days_since_1970(year, month, day) * 24 + u64::from(hour)) * 60 + minute) * 60 + second)
 }
 
-/// Days from 1970-01-01 to a date of the Gregorian calendar between 2000 and 2099, where every fourth year is a leap year.
+/// Days from 1970-01-01 to a date of the Gregorian calendar between 2000 and 2099, where every fourth year is
+/// a leap year.
 fn days_since_1970(year: u64, month: u64, day: u64) -> u64 {
     const BEFORE_MONTH: [u64; 12] = [0, 31, 59, 90, 120, 151, 181, 212, 243, 273, 304, 334];
     let years = year - 2000;
@@ -69,8 +72,9 @@ fn days_since_1970(year: u64, month: u64, day: u64) -> u64 {
 }
 
 fn read(register: u8) -> u8 {
-    // SAFETY: ports 0x70 and 0x71 are the CMOS clock on every PC; bit 7 of the index keeps NMIs off while the index stands, and reading the
-    // clock's registers has no side effects that matter (no periodic interrupt is used).
+    // SAFETY: ports 0x70 and 0x71 are the CMOS clock on every PC; bit 7 of the index keeps NMIs off while the
+    // index stands, and reading the clock's registers has no side effects that matter (no periodic interrupt
+    // is used).
     unsafe {
         Port::<u8>::new(0x70).write(0x80 | register);
         Port::<u8>::new(0x71).read()

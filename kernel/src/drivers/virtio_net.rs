@@ -1,7 +1,8 @@
 //! The virtio network device.
 //!
-//! Virtual I/O Device specification 1.2: 5.1 (network device), 2.7 (split virtqueues). The rings are the virtio-drivers crate's; this file owns
-//! the buffers, so that sending never waits and nothing the device says (a token, a length) is used unchecked.
+//! Virtual I/O Device specification 1.2: 5.1 (network device), 2.7 (split virtqueues). The rings are the
+//! virtio-drivers crate's; this file owns the buffers, so that sending never waits and nothing the device
+//! says (a token, a length) is used unchecked.
 
 use alloc::boxed::Box;
 use alloc::string::{String, ToString};
@@ -20,7 +21,8 @@ use crate::cpu::interrupts::{self, IrqLine};
 
 const DEVICE_TRANSITIONAL: u16 = 0x1000;
 const DEVICE_MODERN: u16 = 0x1041;
-/// Frames in each direction that can be under way: a burst of 200 connections arrives as 200 small frames within a millisecond.
+/// Frames in each direction that can be under way: a burst of 200 connections arrives as 200 small frames
+/// within a millisecond.
 const QUEUE_SIZE: usize = 256;
 /// A virtio header of 12 bytes and the longest frame, rounded up.
 const BUFFER_BYTES: usize = 1536;
@@ -108,8 +110,8 @@ impl VirtioNet {
                 self.fail("it returned a descriptor it was not given", Box::default());
                 return;
             };
-            // The length of the buffer as it was queued is the descriptor's own; the crate only wants the same slice.
-            // SAFETY: this is the buffer transmit_begin returned this token for.
+            // The length of the buffer as it was queued is the descriptor's own; the crate only wants the
+            // same slice. SAFETY: this is the buffer transmit_begin returned this token for.
             match unsafe { self.raw.transmit_complete(token, &buffer) } {
                 Ok(_) => self.spare.push(buffer),
                 Err(error) => self.fail(&error.to_string(), buffer),
@@ -129,7 +131,8 @@ impl Nic for VirtioNet {
 
     fn receive(&mut self, into: &mut [u8]) -> Option<usize> {
         while !self.broken {
-            // The ring tells the device to interrupt for the next frame by a store that must be seen before the ring is found empty.
+            // The ring tells the device to interrupt for the next frame by a store that must be seen before
+            // the ring is found empty.
             fence(Ordering::SeqCst);
             let token = self.raw.poll_receive()?;
             let Some(mut buffer) = self.receiving.get_mut(usize::from(token)).and_then(Option::take) else {
@@ -149,7 +152,8 @@ impl Nic for VirtioNet {
                         return copied;
                     }
                 }
-                // The device says it wrote less than a header: the buffer is ours again, the frame is not one.
+                // The device says it wrote less than a header: the buffer is ours again, the frame is not
+                // one.
                 Err(virtio_drivers::Error::IoError) => self.offer(buffer),
                 Err(error) => self.fail(&error.to_string(), buffer),
             }

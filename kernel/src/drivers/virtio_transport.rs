@@ -1,9 +1,11 @@
 //! Virtio over PCI with one MSI-X interrupt and cheap notifications.
 //!
-//! Virtual I/O Device specification 1.2: 4.1.4.3 (common configuration), 4.1.4.4 (notification), 4.1.5.1.2 (MSI-X vectors).
+//! Virtual I/O Device specification 1.2: 4.1.4.3 (common configuration), 4.1.4.4 (notification), 4.1.5.1.2
+//! (MSI-X vectors).
 //!
-//! The virtio-drivers crate's transport knows no MSI-X and looks a queue's doorbell up at every notification, two exits to L0 more than needed.
-//! This one wraps it: queue 0 (what the device fills) raises the interrupt, other queues none, and doorbells are found once.
+//! The virtio-drivers crate's transport knows no MSI-X and looks a queue's doorbell up at every notification,
+//! two exits to L0 more than needed. This one wraps it: queue 0 (what the device fills) raises the interrupt,
+//! other queues none, and doorbells are found once.
 
 use alloc::sync::Arc;
 use core::fmt;
@@ -111,7 +113,8 @@ impl MsixTransport {
     }
 
     fn read(&self, register: usize) -> u16 {
-        // SAFETY: `common` points at the mapped common configuration, all of whose 16-bit registers used here lie within it and are aligned.
+        // SAFETY: `common` points at the mapped common configuration, all of whose 16-bit registers used here
+        // lie within it and are aligned.
         unsafe { self.common.add(register).cast::<u16>().read_volatile() }
     }
 
@@ -164,7 +167,8 @@ impl Transport for MsixTransport {
 
     fn notify(&mut self, queue: u16) {
         if let Some(doorbell) = self.doorbells.get(usize::from(queue)).copied().flatten() {
-            // SAFETY: `doorbell` mapped the register within the device's notification structure and checked its alignment.
+            // SAFETY: `doorbell` mapped the register within the device's notification structure and checked
+            // its alignment.
             unsafe { doorbell.write_volatile(queue) };
         }
     }

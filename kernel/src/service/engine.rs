@@ -1,6 +1,8 @@
-//! The job engine: gives queued jobs machines, carries bytes between a job and its agent, and takes machines down.
+//! The job engine: gives queued jobs machines, carries bytes between a job and its agent, and takes machines
+//! down.
 //!
-//! What a job is and how it ends is [`JobStore`]'s; what a machine is, the hypervisor's. This file only joins them.
+//! What a job is and how it ends is [`JobStore`]'s; what a machine is, the hypervisor's. This file only joins
+//! them.
 
 #![forbid(unsafe_code)]
 
@@ -66,7 +68,8 @@ impl<Id: Copy> Engine<Id> {
                 let (exits, peak_mib) = machines.figures(run.machine);
                 jobs.update(run.job, exits, peak_mib);
             }
-            // A machine that has ended by itself may have left output that a slow reader of the log does not let through yet.
+            // A machine that has ended by itself may have left output that a slow reader of the log does not
+            // let through yet.
             let drained = machines.agent(run.machine).is_none_or(|agent| agent.readable() == 0);
             let over = jobs.finished(run.job) || (drained && machines.ended(run.machine).is_some());
             if over {
@@ -99,7 +102,8 @@ impl<Id: Copy> Engine<Id> {
                 // Another machine's end makes room.
                 Err(CreateError::Busy) if !self.runs.is_empty() => break,
                 Err(CreateError::Busy) => {
-                    let reason = "the node has too little free memory for this machine although no other runs; ask for less in machine_config.mem_size_mib";
+                    let reason = "the node has too little free memory for this machine although no other runs; \
+                         ask for less in machine_config.mem_size_mib";
                     jobs.fail(job.id, reason, now);
                 }
                 Err(CreateError::Impossible(reason)) => {

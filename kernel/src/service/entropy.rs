@@ -1,7 +1,7 @@
 //! Random bytes for identifiers, TCP's sequence numbers and guests' virtio-rng: ChaCha20, seeded at boot.
 //!
-//! The seed mixes RDRAND, the jitter of the time-stamp counter, the wall clock and the network interface's address. Without RDRAND the jitter has
-//! to do; the log then says so.
+//! The seed mixes RDRAND, the jitter of the time-stamp counter, the wall clock and the network interface's
+//! address. Without RDRAND the jitter has to do; the log then says so.
 
 #![forbid(unsafe_code)]
 
@@ -35,14 +35,16 @@ impl RandomSource {
         let mut seed = Seed::default();
         absorb(&mut seed, &clock::unix_ns().to_le_bytes());
         extra.chunks(seed.len()).for_each(|chunk| absorb(&mut seed, chunk));
-        // Each absorption takes a while that depends on caches, interrupts of L0 and other guests of the host.
+        // Each absorption takes a while that depends on caches, interrupts of L0 and other guests of the
+        // host.
         let readings = if hardware.is_some() { READINGS_BESIDE_HARDWARE } else { READINGS_ALONE };
         for _ in 0..readings {
             absorb(&mut seed, &clock::tsc().to_le_bytes());
         }
         match hardware {
             Some(hardware) => {
-                // A single failure is permitted by the manual (Intel SDM vol. 1, 7.3.17.1) and made up for by the next words.
+                // A single failure is permitted by the manual (Intel SDM vol. 1, 7.3.17.1) and made up for by
+                // the next words.
                 let words = (0..HARDWARE_WORDS * 4).filter_map(|_| hardware.get_u64()).take(HARDWARE_WORDS);
                 let bytes: Vec<u8> = words.flat_map(u64::to_le_bytes).collect();
                 bytes.chunks(seed.len()).for_each(|chunk| absorb(&mut seed, chunk));

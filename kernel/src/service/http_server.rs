@@ -1,7 +1,8 @@
 //! The API's TCP side: listening, accepting, and carrying bytes between sockets and [`Connection`]s.
 //!
-//! HTTP itself, with its limits and timeouts, is nestling-api's. RFC 9293 (TCP) is smoltcp's. What is left is bookkeeping: a socket that listens
-//! becomes a connection, so another must be listening before the next frame is looked at, or a burst of clients would be refused.
+//! HTTP itself, with its limits and timeouts, is nestling-api's. RFC 9293 (TCP) is smoltcp's. What is left is
+//! bookkeeping: a socket that listens becomes a connection, so another must be listening before the next
+//! frame is looked at, or a burst of clients would be refused.
 
 #![forbid(unsafe_code)]
 
@@ -20,14 +21,16 @@ const SECOND: u64 = 1_000_000_000;
 const MAX_CONNECTIONS: usize = 256;
 /// Sockets that listen while there is room.
 const LISTENERS: usize = 2;
-/// Buffers of a socket in bytes. What is sent is bounded by the buffer each round trip: 16 KiB at 10 ms are 1.6 MB/s.
+/// Buffers of a socket in bytes. What is sent is bounded by the buffer each round trip: 16 KiB at 10 ms are
+/// 1.6 MB/s.
 const RECEIVE_BUFFER: usize = 8 * 1024;
 const TRANSMIT_BUFFER: usize = 16 * 1024;
 /// A peer that answers nothing for this long is gone.
 const PEER_TIMEOUT: Duration = Duration::from_secs(60);
 /// A silent peer is asked this often whether it is still there.
 const KEEP_ALIVE: Duration = Duration::from_secs(20);
-/// How long a client may take to complete the handshake, or to close after us, before its place is given away.
+/// How long a client may take to complete the handshake, or to close after us, before its place is given
+/// away.
 const HALF_OPEN_NS: u64 = 10 * SECOND;
 /// How long the last bytes of an answer may take to arrive after we have closed.
 const FLUSH_NS: u64 = 60 * SECOND;
@@ -100,7 +103,8 @@ impl HttpServer {
             slot.observe(socket.state(), now.monotonic_ns);
             let keep = !slot.is_over(now.monotonic_ns);
             if !keep {
-                // Dropping a socket that is not closed is silent; a peer that still sends is answered by a reset.
+                // Dropping a socket that is not closed is silent; a peer that still sends is answered by a
+                // reset.
                 sockets.remove(slot.socket);
             }
             keep
@@ -251,7 +255,8 @@ mod tests {
             };
             server.poll(&mut node.sockets, api, &mut view, now);
             node.transmit(now.monotonic_ns);
-            // A SYN with its ACK has flag bit 1 set; the TCP header follows 14 bytes of Ethernet and 20 of IPv4.
+            // A SYN with its ACK has flag bit 1 set; the TCP header follows 14 bytes of Ethernet and 20 of
+            // IPv4.
             if *answers_are_lost {
                 to_client.borrow_mut().retain(|frame| frame.get(47).is_none_or(|flags| flags & 2 == 0));
             }

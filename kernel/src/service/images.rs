@@ -1,9 +1,10 @@
 //! Images that machines boot, from the modules the boot loader left in memory.
 //!
-//! A module is an uncompressed ustar archive (POSIX.1-1988, pax "ustar Interchange Format") or several of them one after another, with members
-//! `NAME/image.json`, `NAME/vmlinuz` and `NAME/initramfs.cpio`. Each header's checksum is proven and each member must lie within the module, which
-//! finds truncated and damaged archives. The manifest's SHA-256 sums are reported and not proven here: the module came the same way as this kernel,
-//! and hashing it would take longer than booting.
+//! A module is an uncompressed ustar archive (POSIX.1-1988, pax "ustar Interchange Format") or several of
+//! them one after another, with members `NAME/image.json`, `NAME/vmlinuz` and `NAME/initramfs.cpio`. Each
+//! header's checksum is proven and each member must lie within the module, which finds truncated and damaged
+//! archives. The manifest's SHA-256 sums are reported and not proven here: the module came the same way as
+//! this kernel, and hashing it would take longer than booting.
 
 #![forbid(unsafe_code)]
 
@@ -83,7 +84,9 @@ pub fn load(modules: &[&'static [u8]]) -> (Vec<Image>, Vec<String>) {
         let members = match read_archive(module) {
             Ok(members) => members,
             Err(reason) => {
-                problems.push(alloc::format!("boot module {index} is not an image bundle: {reason}; build one with `cargo xtask image minimal`"));
+                problems.push(alloc::format!(
+                    "boot module {index} is not an image bundle: {reason}; build one with `cargo xtask image minimal`"
+                ));
                 continue;
             }
         };

@@ -1,7 +1,8 @@
 //! The node's I/O: uplink, HTTP and the job engine, polled by the main loop.
 //!
-//! Arrows: [`http_server`] carries bytes between [`uplink`]'s sockets and nestling-api; [`engine`] joins nestling-api's job store to the
-//! hypervisor through [`machines`]. Nothing here waits; [`Service::poll`] does what can be done now and says when it wants to be called next.
+//! Arrows: [`http_server`] carries bytes between [`uplink`]'s sockets and nestling-api; [`engine`] joins
+//! nestling-api's job store to the hypervisor through [`machines`]. Nothing here waits; [`Service::poll`]
+//! does what can be done now and says when it wants to be called next.
 
 #![forbid(unsafe_code)]
 
@@ -36,7 +37,8 @@ use uplink::Uplink;
 /// Between two rounds that nothing but a deadline asks for.
 const LEAST_PAUSE_NS: u64 = 500_000;
 const MIB: usize = 1 << 20;
-/// What the API may keep, fitted to a heap of 48 MiB that also holds sockets (6 MiB), network buffers (1 MiB) and page tables.
+/// What the API may keep, fitted to a heap of 48 MiB that also holds sockets (6 MiB), network buffers (1 MiB)
+/// and page tables.
 const LIMITS: Limits = Limits {
     body_bytes: MIB,
     bodies_total_bytes: 4 * MIB,
@@ -66,7 +68,8 @@ struct Network {
 }
 
 impl<Id: Copy> Service<Id> {
-    /// Sets up the node's I/O. Without a network interface jobs cannot arrive; the reason is logged and the node stays up.
+    /// Sets up the node's I/O. Without a network interface jobs cannot arrive; the reason is logged and the
+    /// node stays up.
     ///
     /// # Errors
     /// What is wrong with the command line, for the operator.
@@ -112,8 +115,8 @@ impl<Id: Copy> Service<Id> {
         })
     }
 
-    /// Does all there is to do now. Returns when to call again at the latest, in nanoseconds since boot; interrupts and machines that want
-    /// something are reasons to call earlier.
+    /// Does all there is to do now. Returns when to call again at the latest, in nanoseconds since boot;
+    /// interrupts and machines that want something are reasons to call earlier.
     pub fn poll<M: Machines<Id = Id>>(&mut self, machines: &mut M) -> Option<u64> {
         let now = Clock { monotonic_ns: clock::now_ns(), unix_ns: clock::unix_ns() };
         if let Some(Network { uplink, server }) = &mut self.network {
@@ -139,11 +142,13 @@ impl<Id: Copy> Service<Id> {
             server.poll(&mut uplink.sockets, &mut self.api, &mut node, now);
             uplink.transmit(now.monotonic_ns);
         }
-        // What clients just asked for starts at once: a new job, a cancel, an agent held back by a reader of its log.
+        // What clients just asked for starts at once: a new job, a cancel, an agent held back by a reader of
+        // its log.
         self.engine.poll(&mut self.api.jobs, &self.images, machines, now);
         let network = self.network.as_mut().and_then(|network| network.deadline(now.monotonic_ns));
         let jobs = self.api.jobs.deadline(now);
-        // Everything due now was done: what still says so waits for somebody else, and machines must get their turn.
+        // Everything due now was done: what still says so waits for somebody else, and machines must get
+        // their turn.
         let soonest = now.monotonic_ns.saturating_add(LEAST_PAUSE_NS);
         network.into_iter().chain(jobs).min().map(|deadline| deadline.max(soonest))
     }

@@ -28,7 +28,8 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// Reads `name=`, `port=`, `token=` or `auth=off`, `ip=` and `gateway=`. Other words are other modules' business.
+    /// Reads `name=`, `port=`, `token=` or `auth=off`, `ip=` and `gateway=`. Other words are other modules'
+    /// business.
     ///
     /// # Errors
     /// A message that names the word and what it should be.

@@ -1,4 +1,5 @@
-//! What tests of several modules share: machines that are none, with an agent that a test speaks for, and a cable between two uplinks.
+//! What tests of several modules share: machines that are none, with an agent that a test speaks for, and a
+//! cable between two uplinks.
 
 use alloc::collections::{BTreeMap, VecDeque};
 use alloc::vec::Vec;

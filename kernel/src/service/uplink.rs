@@ -167,8 +167,8 @@ pub struct Uplink {
 }
 
 impl Uplink {
-    /// Starts the protocols on an interface. `port` is only for telling people where the node answers; `seed` makes TCP's
-    /// sequence numbers hard to guess.
+    /// Starts the protocols on an interface. `port` is only for telling people where the node answers; `seed`
+    /// makes TCP's sequence numbers hard to guess.
     #[must_use]
     pub fn new(nic: Box<dyn Nic>, addressing: Addressing, port: u16, seed: u64, now: u64) -> Self {
         let mac = EthernetAddress(nic.mac());
@@ -193,7 +193,8 @@ impl Uplink {
         uplink
     }
 
-    /// Takes received frames. `state_changed` is called whenever a frame may have changed a socket, before the next frame.
+    /// Takes received frames. `state_changed` is called whenever a frame may have changed a socket, before
+    /// the next frame.
     pub fn receive(&mut self, now: u64, mut state_changed: impl FnMut(&mut SocketSet<'static>)) {
         // Interrupts only wake the loop; every call looks at the ring.
         self.link.nic.take_interrupt();
@@ -219,11 +220,13 @@ impl Uplink {
         }
     }
 
-    /// When [`Uplink::receive`] and [`Uplink::transmit`] have to be called next, whatever arrives, in nanoseconds since boot.
+    /// When [`Uplink::receive`] and [`Uplink::transmit`] have to be called next, whatever arrives, in
+    /// nanoseconds since boot.
     pub fn deadline(&mut self, now: u64) -> Option<u64> {
         let protocols = self.interface.poll_at(instant(now), &self.sockets).map(|at| {
             let at = u64::try_from(at.total_micros()).unwrap_or(0).saturating_mul(1000);
-            // What could not be sent now for want of room in the interface's queue is tried again soon, not at once.
+            // What could not be sent now for want of room in the interface's queue is tried again soon, not
+            // at once.
             if at <= now { now.saturating_add(POLL_INTERVAL_NS) } else { at }
         });
         let polling = (self.link.behind || !self.link.nic.has_interrupt())
@@ -294,7 +297,8 @@ impl Uplink {
             retry.discover_timeout = DHCP_RELAXED;
             socket.set_retry_config(retry);
             log::warn!(
-                "no DHCP answer after {} s on {name}; still trying. Without a DHCP server, give ip=A.B.C.D/N gateway=A.B.C.D on the kernel's command line",
+                "no DHCP answer after {} s on {name}; still trying. \
+                 Without a DHCP server, give ip=A.B.C.D/N gateway=A.B.C.D on the kernel's command line",
                 DHCP_PATIENCE_NS / SECOND,
                 name = Name(&*self.link.nic),
             );
@@ -414,7 +418,8 @@ mod tests {
         assert_eq!(uplink.deadline(POLL_INTERVAL_NS), None);
     }
 
-    /// An answer to a DHCP request, as RFC 2131 has it: message type 2 (offer) for a discover, 5 (acknowledgement) for the rest.
+    /// An answer to a DHCP request, as RFC 2131 has it: message type 2 (offer) for a discover, 5
+    /// (acknowledgement) for the rest.
     fn dhcp_answer(request: &[u8], address: [u8; 4], lease_seconds: u32) -> Option<Vec<u8>> {
         const SERVER: [u8; 4] = [10, 0, 0, 254];
         let dhcp = request.get(42..)?;
