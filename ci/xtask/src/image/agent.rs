@@ -7,10 +7,12 @@ use std::{env, fs};
 use anyhow::{Context, Result};
 
 use crate::build::workspace_root;
-use crate::process::run;
+use crate::process::{output, run, succeeds};
 
-/// The agent runs on glibc's static library, so that no target but the host's is needed.
-const TARGET: &str = "x86_64-unknown-linux-gnu";
+/// musl makes a binary of half the size, and one that starts without asking for the processor's caches: every CPUID is an exit.
+const MUSL: &str = "x86_64-unknown-linux-musl";
+/// Where rustup cannot deliver [`MUSL`], glibc's static library does.
+const GLIBC: &str = "x86_64-unknown-linux-gnu";
 
 /// Builds the agent below `folder` and returns its bytes.
 pub(super) fn build(folder: &Path) -> Result<Vec<u8>> {
@@ -23,6 +25,7 @@ fn build_from(root: &Path, folder: &Path) -> Result<Vec<u8>> {
         .map(Into::into)
         .or_else(|| env::home_dir().map(|home| home.join(".cargo")))
         .context("neither CARGO_HOME nor HOME is set")?;
+    let target = target()?;
     let flags = [
         "-Ctarget-feature=+crt-static".to_owned(),
         "-Crelocation-model=static".to_owned(),
@@ -39,7 +42,7 @@ fn build_from(root: &Path, folder: &Path) -> Result<Vec<u8>> {
         "--package",
         "nestling-agent",
         "--target",
-        TARGET,
+        target,
     ]);
     cargo.arg("--target-dir").arg(folder).current_dir(root);
     // Unlike RUSTFLAGS, this may contain folders with spaces.
@@ -55,8 +58,21 @@ fn build_from(root: &Path, folder: &Path) -> Result<Vec<u8>> {
         cargo.env(format!("CARGO_PROFILE_RELEASE_{setting}"), value);
     }
     run(&mut cargo).context("cannot build the agent (a static binary needs gcc and libc6-dev)")?;
-    let binary = folder.join(TARGET).join("release/nestling-agent");
+    let binary = folder.join(target).join("release/nestling-agent");
     fs::read(&binary).with_context(|| format!("cannot read {}", binary.display()))
+}
+
+/// The target to build for; adds musl's if that is possible.
+fn target() -> Result<&'static str> {
+    let sysroot = output(Command::new("rustc").args(["--print", "sysroot"]).current_dir(workspace_root()))?;
+    let installed = Path::new(sysroot.trim()).join("lib/rustlib").join(MUSL).join("lib").is_dir();
+    let mut rustup = Command::new("rustup");
+    rustup.args(["target", "add", MUSL]).current_dir(workspace_root());
+    if installed || succeeds(&mut rustup) {
+        return Ok(MUSL);
+    }
+    eprintln!("image: rustup cannot deliver {MUSL}; building the agent for {GLIBC}");
+    Ok(GLIBC)
 }
 
 #[cfg(test)]

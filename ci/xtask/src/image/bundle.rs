@@ -159,9 +159,10 @@ fn applets(busybox: &Path) -> Result<Vec<String>> {
     Ok(applet_paths(&output(Command::new(busybox).arg("--list-full"))?))
 }
 
-/// Paths in the image from what `busybox --list-full` prints. `init` is the agent's part, and `busybox` is the file itself.
+/// Paths in the image from what `busybox --list-full` prints. `init` is the agent's part, `busybox` is the file itself, and a
+/// `modprobe` without the list of dependencies it reads could only fail, which costs a process each time the kernel calls it.
 fn applet_paths(list: &str) -> Vec<String> {
-    let wanted = |path: &&str| !matches!(path.rsplit('/').next(), Some("" | "init" | "busybox"));
+    let wanted = |path: &&str| !matches!(path.rsplit('/').next(), Some("" | "init" | "busybox" | "modprobe"));
     let place = |path: &str| if path.starts_with("usr/") { path.to_owned() } else { format!("usr/{path}") };
     list.lines().map(str::trim).filter(wanted).map(place).collect()
 }
@@ -195,8 +196,9 @@ mod tests {
     }
 
     #[test]
-    fn applets_are_below_usr_and_never_replace_the_agent_or_busybox_itself() {
-        let paths = applet_paths("bin/busybox\nbin/sh\nsbin/init\nsbin/reboot\nusr/bin/env\n\n");
+    fn applets_are_below_usr_and_replace_neither_the_agent_nor_busybox_itself() {
+        let paths =
+            applet_paths("bin/busybox\nbin/sh\nsbin/init\nsbin/modprobe\nsbin/reboot\nusr/bin/env\n\n");
         assert_eq!(paths, ["usr/bin/sh", "usr/sbin/reboot", "usr/bin/env"]);
     }
 
