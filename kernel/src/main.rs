@@ -42,9 +42,10 @@ fn run(boot: &BootInfo, entry_tsc: u64) -> ! {
     let backend = Svm::enable().unwrap_or_else(|refusal| refuse(&refusal));
     report(firmware, clock, &frames, &backend);
     let nic = drivers::nic::find(firmware);
-    let random = || RandomSource::gather(&[]);
-    let fleet = Fleet::new(backend, frames, Box::new(random()), components);
-    let service = Service::new(boot, nic, random()).unwrap_or_else(|error| refuse(&error));
+    let mac = nic.as_ref().map(|nic| nic.mac()).unwrap_or_default();
+    let mut random = RandomSource::gather(&mac);
+    let fleet = Fleet::new(backend, frames, Box::new(random.fork()), components);
+    let service = Service::new(boot, nic, random).unwrap_or_else(|error| refuse(&error));
     serve(service, fleet)
 }
 

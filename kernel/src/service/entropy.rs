@@ -56,6 +56,13 @@ impl RandomSource {
         Self { generator: ChaCha20Rng::from_seed(seed) }
     }
 
+    /// A source of its own for another user, seeded from this one.
+    pub fn fork(&mut self) -> Self {
+        let mut seed = Seed::default();
+        self.generator.fill_bytes(&mut seed);
+        Self { generator: ChaCha20Rng::from_seed(seed) }
+    }
+
     /// A random number.
     pub fn number(&mut self) -> u64 {
         self.generator.next_u64()
