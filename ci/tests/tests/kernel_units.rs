@@ -34,7 +34,9 @@ use nestling_machine::memory::{GuestMemory, MemoryError};
 
 /// Memory that stays allocated: the pool believes that it owns it for ever.
 fn pool_of(large_frames: usize) -> FramePool {
-    let layout = std::alloc::Layout::from_size_align(large_frames * LARGE_FRAME as usize, LARGE_FRAME as usize).unwrap();
+    let layout =
+        std::alloc::Layout::from_size_align(large_frames * LARGE_FRAME as usize, LARGE_FRAME as usize)
+            .unwrap();
     // SAFETY: the layout is not empty, and every byte is initialised below.
     let start = unsafe { std::alloc::alloc(layout) };
     assert!(!start.is_null());
@@ -62,7 +64,10 @@ fn frames_are_zero_when_they_are_handed_out_however_they_came_back() {
     for round in 0..4 {
         let large = pool.large().unwrap();
         let small = pool.small().unwrap();
-        assert!(is_zero(large.address(), LARGE_FRAME) && is_zero(small.address(), SMALL_FRAME), "round {round}");
+        assert!(
+            is_zero(large.address(), LARGE_FRAME) && is_zero(small.address(), SMALL_FRAME),
+            "round {round}"
+        );
         soil(large.address(), LARGE_FRAME);
         soil(small.address(), SMALL_FRAME);
         pool.free_large(large);
@@ -208,7 +213,10 @@ const SVM: u32 = 1 << 2;
 #[test]
 fn svm_that_the_firmware_disabled_and_locked_is_refused_with_the_cure() {
     let refusal = check(MAX_LEAF, SVM, feature::NESTED_PAGING, 1 << 4 | 1 << 3).unwrap_err().to_string();
-    assert!(refusal.contains("locked by the firmware") && refusal.contains("enable SVM (AMD-V)"), "{refusal}");
+    assert!(
+        refusal.contains("locked by the firmware") && refusal.contains("enable SVM (AMD-V)"),
+        "{refusal}"
+    );
     let unlocked = check(MAX_LEAF, SVM, feature::NESTED_PAGING, 1 << 4).unwrap_err().to_string();
     assert!(unlocked.contains("disabled") && !unlocked.contains("locked"), "{unlocked}");
 }

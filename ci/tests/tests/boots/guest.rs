@@ -31,6 +31,8 @@ fn guests() -> Vec<(&'static str, Vec<u8>)> {
         ("serial-flood", program(serial_flood)),
         ("random-access", program(random_access)),
         ("no-virtualization", program(no_virtualization)),
+        ("rng-rubbish", program(|guest| rubbish_in_virtqueues(guest, 0x1044, 1))),
+        ("vsock-rubbish", program(|guest| rubbish_in_virtqueues(guest, 0x1053, 3))),
     ]
 }
 
@@ -81,7 +83,7 @@ fn serial_flood(guest: &mut CodeAssembler) -> Result<(), IcedError> {
 
 /// Reads and writes of random widths and values all over the devices' memory and the ports.
 fn random_access(guest: &mut CodeAssembler) -> Result<(), IcedError> {
-    let (mut again, mut devices) = (guest.create_label(), guest.create_label());
+    let mut again = guest.create_label();
     // The configuration space of bus 0, device memory, the I/O APIC and the local APIC.
     let regions: [(u64, u64); 4] =
         [(0xE000_0000, 0xF_FFFF), (0xE010_0000, 0x1F_FFFF), (0xFEC0_0000, 0xFFF), (0xFEE0_0000, 0xFFF)];
@@ -112,7 +114,6 @@ fn random_access(guest: &mut CodeAssembler) -> Result<(), IcedError> {
         guest.shr(rax, 32)?;
         guest.xchg(dword_ptr(rcx), eax)?;
     }
-    guest.set_label(&mut devices)?;
     guest.mov(rdx, r15)?;
     guest.shr(rdx, 20)?;
     guest.mov(rax, r15)?;
@@ -132,6 +133,122 @@ fn no_virtualization(guest: &mut CodeAssembler) -> Result<(), IcedError> {
     guest.int3()
 }
 
+/// Finds the virtio device with this PCI device ID, sets its queues up as a driver does, and then fills their memory with random words
+/// and kicks them, over and over; a device that breaks is set up again. Every other time the available ring is a plausible one, so that
+/// random descriptors get their turn.
+fn rubbish_in_virtqueues(guest: &mut CodeAssembler, device: u32, queues: u32) -> Result<(), IcedError> {
+    const ECAM: u64 = 0xE000_0000;
+    // Each queue's descriptors, available and used ring, 16 KiB apart.
+    const QUEUES: u32 = 0x20_0000;
+    const EACH: u32 = 0xC000;
+    // Registers of the common configuration (virtio 1.2, 4.1.4.3) and the notifications, at the start of the I/O BAR.
+    const FEATURE_SELECT: u32 = 0x08;
+    const FEATURE: u32 = 0x0C;
+    const STATUS: u32 = 0x14;
+    const SELECT: u32 = 0x16;
+    const ENABLE: u32 = 0x1C;
+    const ADDRESSES: u32 = 0x20;
+    const NOTIFY: u32 = 0x60;
+    let mut labels = [(); 8].map(|()| guest.create_label());
+    let [next_device, next_bar, found, setup, fill, again, words, kick] = &mut labels;
+
+    guest.cli()?;
+    guest.mov(r15, 0x9E37_79B9_7F4A_7C15_u64)?;
+    guest.xor(r13d, r13d)?;
+    guest.mov(rbx, ECAM - 0x8000)?;
+    guest.set_label(next_device)?;
+    guest.add(rbx, 0x8000)?;
+    guest.cmp(word_ptr(rbx + 2), device as i32)?;
+    guest.jne(*next_device)?;
+    guest.mov(rcx, 0x10_u64 - 4)?;
+    guest.set_label(next_bar)?;
+    guest.add(rcx, 4)?;
+    guest.mov(r14d, dword_ptr(rbx + rcx))?;
+    guest.test(r14d, 1)?;
+    guest.je(*next_bar)?;
+    guest.set_label(found)?;
+    guest.and(r14d, 0xFFFC)?;
+    // Command register: I/O, bus master.
+    guest.mov(word_ptr(rbx + 4), 5)?;
+
+    let write = |guest: &mut CodeAssembler, register: u32, width: u32, value: u32| {
+        guest.lea(rdx, ptr(r14 + register))?;
+        guest.mov(eax, value)?;
+        match width {
+            1 => guest.out(dx, al),
+            2 => guest.out(dx, ax),
+            _ => guest.out(dx, eax),
+        }
+    };
+    guest.set_label(setup)?;
+    for status in [0, 1, 3] {
+        write(guest, STATUS, 1, status)?;
+    }
+    write(guest, FEATURE_SELECT, 4, 1)?;
+    write(guest, FEATURE, 4, 1)?;
+    write(guest, STATUS, 1, 11)?;
+    for queue in 0..queues {
+        write(guest, SELECT, 2, queue)?;
+        for (part, at) in (0..).zip([0, 0x4000, 0x8000]) {
+            write(guest, ADDRESSES + part * 8, 4, QUEUES + queue * EACH + at)?;
+            write(guest, ADDRESSES + part * 8 + 4, 4, 0)?;
+        }
+        write(guest, ENABLE, 2, 1)?;
+    }
+    write(guest, STATUS, 1, 15)?;
+    guest.xor(r12d, r12d)?;
+
+    guest.set_label(again)?;
+    guest.mov(edi, QUEUES)?;
+    guest.mov(ecx, queues * EACH / 8)?;
+    guest.set_label(words)?;
+    // xorshift64: r15 is the state.
+    for (shift, left) in [(13, true), (7, false), (17, true)] {
+        guest.mov(rax, r15)?;
+        if left {
+            guest.shl(rax, shift)?
+        } else {
+            guest.shr(rax, shift)?
+        }
+        guest.xor(r15, rax)?;
+    }
+    // Keep the low 28 bits of some words, so that addresses meet RAM now and then.
+    guest.mov(rax, r15)?;
+    guest.test(r15d, 0x10)?;
+    guest.je(*fill)?;
+    guest.and(rax, 0x0FFF_FFFF)?;
+    guest.set_label(fill)?;
+    guest.mov(qword_ptr(rdi), rax)?;
+    guest.add(rdi, 8)?;
+    guest.dec(ecx)?;
+    guest.jne(*words)?;
+    guest.inc(r13d)?;
+    guest.test(r13d, 1)?;
+    guest.je(*kick)?;
+    guest.inc(r12d)?;
+    for queue in 0..queues {
+        let available = u64::from(QUEUES + queue * EACH + 0x4000);
+        guest.mov(rdi, available)?;
+        guest.mov(word_ptr(rdi + 2), r12w)?;
+        // Every head in range, whatever the queue's size is.
+        guest.mov(rcx, 0x300_u64)?;
+        let mut heads = guest.create_label();
+        guest.set_label(&mut heads)?;
+        guest.and(word_ptr(rdi + rcx * 2 + 2), 0x3F)?;
+        guest.dec(ecx)?;
+        guest.jne(heads)?;
+    }
+    guest.set_label(kick)?;
+    for queue in 0..queues {
+        write(guest, NOTIFY + queue * 4, 2, queue)?;
+    }
+    guest.lea(rdx, ptr(r14 + STATUS))?;
+    guest.in_(al, dx)?;
+    guest.test(al, 0x40)?;
+    guest.jne(*setup)?;
+    guest.jmp(*again)
+}
+
 /// Runs a bare guest until its job's time is over or it ends itself.
 fn run_bare(image: &str) -> Job {
     let node = BARE.get();
@@ -142,6 +259,7 @@ fn run_bare(image: &str) -> Job {
     };
     let id = create(node, &request).id;
     let job = wait(node, &id);
+    println!("{image}: {:?}, {:?}, {:?}", job.conclusion, job.failure_reason, job.exits);
     assert_serves(node);
     job
 }
@@ -206,7 +324,7 @@ fn virtualization_instructions_are_undefined_in_a_machine() {
 fn a_kernel_panic_is_a_system_failure_with_the_console() {
     let job = run(LINUX.get(), &job("echo c > /proc/sysrq-trigger; sleep 100")).job;
     assert_eq!(job.conclusion, Some(Conclusion::SystemFailure), "{job:?}");
-    assert!(job.console.as_deref().unwrap_or_default().contains("Kernel panic"), "{job:?}");
+    assert!(job.console.as_deref().unwrap_or_default().contains("panic"), "{job:?}");
 }
 
 #[test]
@@ -235,40 +353,12 @@ fn a_job_that_takes_all_memory_meets_the_guests_own_oom_killer() {
 }
 
 #[test]
-fn a_virtqueue_filled_with_rubbish_breaks_only_its_own_machine() {
-    let node = LINUX.get();
-    // The rng device is taken from its driver; then its queue is laid over the kernel's own text and kicked.
-    let script = r"
-        for device in /sys/bus/pci/devices/*; do
-            case $(cat $device/device) in 0x1044) break;; esac
-        done
-        name=${device##*/}
-        echo $name > /sys/bus/pci/drivers/virtio-pci/unbind
-        echo 1 > $device/enable
-        bar=$(awk '$1 != $2 && $1 ~ /^0x0000000[^0]/ { print $1; exit }' $device/resource)
-        port=$(awk '$1 != $2 && $1 ~ /^0x000000000000[^0]/ { print $1; exit }' $device/resource)
-        echo bar $bar port $port
-        common=$((bar))
-        write() { devmem $((common + $1)) $2 $3; }
-        write 0x14 8 0; write 0x14 8 1; write 0x14 8 3
-        write 0x08 32 1; write 0x0c 32 1
-        write 0x14 8 11
-        write 0x16 16 0
-        for at in 0x20 0x28 0x30; do write $at 32 0x1000000; write $((at + 4)) 32 0; done
-        write 0x1c 16 1
-        write 0x14 8 15
-        for kick in 1 2 3 4 5 6 7 8; do
-            printf '\0\0' | dd of=/dev/port bs=2 seek=$((port / 2)) conv=notrunc 2>/dev/null
-        done
-        write 0x20 32 0xffffffff; write 0x24 32 0xffffffff
-        printf '\0\0' | dd of=/dev/port bs=2 seek=$((port / 2)) conv=notrunc 2>/dev/null
-        echo kicked
-    ";
-    let finished = run(node, &job(script));
-    // What becomes of this machine is its own affair: the device broke, or wrote over its kernel as it was told to.
-    let output = String::from_utf8_lossy(&finished.stdout).into_owned();
-    assert!(output.contains("bar 0x") && output.contains("port 0x"), "{output}\n{finished:?}");
-    assert_serves(node);
+fn virtqueues_filled_with_rubbish_break_only_their_own_machine() {
+    for image in ["rng-rubbish", "vsock-rubbish"] {
+        let conclusion = run_bare(image).conclusion;
+        let expected = matches!(conclusion, Some(Conclusion::TimedOut | Conclusion::SystemFailure));
+        assert!(expected, "{image}: {conclusion:?}");
+    }
 }
 
 #[test]
