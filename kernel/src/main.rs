@@ -52,6 +52,8 @@ fn run(boot: &BootInfo, entry_tsc: u64) -> ! {
 /// The main loop: what came in is handled, then machines run until something else comes.
 fn serve<B: Backend>(mut service: Service<hypervisor::MachineId>, mut fleet: Fleet<B>) -> ! {
     loop {
+        // Before the poll: what interrupts during it is for the next one.
+        cpu::interrupts::take_device();
         let deadline = service.poll(&mut fleet);
         fleet.run(deadline);
     }

@@ -129,7 +129,8 @@ pub fn timer_init(ticks: u64, ns: u64) {
     if features::has_tsc_deadline() {
         write(Register::LvtTimer, MODE_TSC_DEADLINE | u32::from(interrupts::TIMER));
     } else {
-        TICKS_PER_MIB_NS.store((ticks << 20) / ns.max(1), Ordering::Relaxed);
+        // Zero would mean TSC-deadline mode; a timer that did not count is taken for the slowest.
+        TICKS_PER_MIB_NS.store(((ticks << 20) / ns.max(1)).max(1), Ordering::Relaxed);
         write(Register::LvtTimer, u32::from(interrupts::TIMER));
     }
 }

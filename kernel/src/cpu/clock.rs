@@ -61,14 +61,15 @@ pub fn now_ns() -> u64 {
 
 /// The counter's value at a time in nanoseconds since the kernel's entry.
 pub fn tsc_at(ns: u64) -> u64 {
-    let ticks = u128::from(ns) * u128::from(khz()) / 1_000_000;
-    BASE.load(Ordering::Relaxed).wrapping_add(ticks as u64)
+    // The inverse of `now_ns`, rounded up: a timer set by this never fires before the clock says so.
+    let ticks = (u128::from(ns) << 32).div_ceil(u128::from(NS_PER_TICK.load(Ordering::Relaxed).max(1)));
+    BASE.load(Ordering::Relaxed).saturating_add(u64::try_from(ticks).unwrap_or(u64::MAX))
 }
 
-/// The time in nanoseconds since the kernel's entry at a value of the counter; zero for values before it.
+/// The time in nanoseconds since the kernel's entry at a value of the counter, rounded up; zero for values before it.
 pub fn ns_at_tsc(tsc: u64) -> u64 {
-    let ticks = tsc.saturating_sub(BASE.load(Ordering::Relaxed));
-    let ns = (u128::from(ticks) * u128::from(NS_PER_TICK.load(Ordering::Relaxed))) >> 32;
+    let ticks = u128::from(tsc.saturating_sub(BASE.load(Ordering::Relaxed)));
+    let ns = (ticks * u128::from(NS_PER_TICK.load(Ordering::Relaxed))).div_ceil(1 << 32);
     u64::try_from(ns).unwrap_or(u64::MAX)
 }
 
@@ -125,8 +126,9 @@ fn kvm_clock() -> Option<(u64, Source)> {
     if features::kvm_features()? & 1 << 3 == 0 {
         return None;
     }
-    let info = TimeInfo { version: 0, pad: 0, tsc_timestamp: 0, system_time: 0, mul: 0, shift: 0, flags: 0 };
-    let address = &raw const info;
+    let mut info =
+        TimeInfo { version: 0, pad: 0, tsc_timestamp: 0, system_time: 0, mul: 0, shift: 0, flags: 0 };
+    let address = &raw mut info;
     // SAFETY: CPUID offers the MSR; KVM fills the structure, which outlives the registration ended right after.
     let (mul, shift) = unsafe {
         let mut msr = Msr::new(SYSTEM_TIME_NEW);

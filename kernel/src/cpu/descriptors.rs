@@ -5,6 +5,7 @@
 use super::exceptions;
 use x86_64::instructions::segmentation::{CS, DS, ES, SS, Segment};
 use x86_64::instructions::tables::load_tss;
+use x86_64::registers::control::{Cr4, Cr4Flags};
 use x86_64::structures::gdt::{Descriptor, GlobalDescriptorTable, SegmentSelector};
 use x86_64::structures::idt::InterruptDescriptorTable;
 use x86_64::structures::tss::TaskStateSegment;
@@ -46,6 +47,9 @@ pub fn init() {
         load_tss(tss);
     }
     tables.idt.load();
+    // A machine check that finds MCE off shuts the processor down without a word.
+    // SAFETY: the handler for #MC is in place.
+    unsafe { Cr4::update(|cr4| cr4.insert(Cr4Flags::MACHINE_CHECK_EXCEPTION)) };
 }
 
 fn fill_idt(idt: &mut InterruptDescriptorTable, code: SegmentSelector) {

@@ -13,6 +13,7 @@ use x86_64::registers::xcontrol::XCr0;
 /// The components L1 knows how to keep apart between machines: x87, SSE, AVX, AVX-512, PKRU.
 pub const MANAGED: u64 = 0b10_1110_0111;
 
+static NEUTRAL: u32 = 0;
 const MXCSR_RESET: u32 = 0x1F80;
 const FCW_RESET: u16 = 0x37F;
 
@@ -81,6 +82,12 @@ impl XsaveArea {
     /// Loads the registers from the area.
     pub fn restore(&self) {
         load_xcr0(self.components);
+        // AMD processors before Zen keep the last x87 instruction's and operand's addresses across XRSTOR unless an exception is
+        // pending: a load from an address of L1's overwrites them (AMD APM vol. 2, 11.4.4.3).
+        // SAFETY: x87 instructions on a register file that is about to be replaced; the operand is a constant of L1's.
+        unsafe {
+            asm!("fnclex", "emms", "fild dword ptr [{}]", in(reg) &raw const NEUTRAL, options(nostack));
+        }
         // SAFETY: the area is 64-byte aligned, large enough for the enabled components, and has a valid header.
         unsafe {
             asm!("xrstor64 [{}]", in(reg) self.area.as_ptr(), in("eax") u32::MAX, in("edx") u32::MAX, options(nostack));

@@ -61,6 +61,11 @@ pub fn arrived(vector: u8) {
     apic::end_of_interrupt();
 }
 
+/// Whether any device has interrupted since [`take_device`].
+pub fn device_pending() -> bool {
+    ANY_DEVICE.load(Ordering::Relaxed)
+}
+
 /// Whether any device has interrupted since the last call: the main loop then looks at its drivers.
 pub fn take_device() -> bool {
     ANY_DEVICE.swap(false, Ordering::Relaxed)

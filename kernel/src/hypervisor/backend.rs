@@ -59,7 +59,8 @@ pub trait VendorVcpu {
     fn inject(&mut self, exception: Exception);
     /// Delivers a non-maskable interrupt at the next entry.
     fn inject_nmi(&mut self);
-    /// Offers an interrupt: it is delivered as soon as the guest can take it. `None` withdraws the offer.
+    /// Offers an interrupt: it is delivered as soon as the guest can take it, which includes that its task priority lets the vector
+    /// through. `None` withdraws the offer.
     fn offer_interrupt(&mut self, vector: Option<Vector>);
     /// The offered interrupt, if the guest took it during the last run.
     fn take_accepted(&mut self) -> Option<Vector>;
@@ -68,6 +69,8 @@ pub trait VendorVcpu {
     fn flush(&mut self);
     /// Loads what the control block does not hold (debug registers, TSC_AUX); the core's previous vCPU has been unloaded.
     fn load(&mut self, tsc_aux: u64);
+    /// Sets DR6.
+    fn set_dr6(&mut self, value: u64);
     /// Loads TSC_AUX while the vCPU is on the core.
     fn load_tsc_aux(&mut self, value: u64);
     /// Takes it off the core again.

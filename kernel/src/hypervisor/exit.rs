@@ -46,6 +46,8 @@ pub enum Exit {
     Faulting(Exception),
     /// An intercepted exception, to be delivered after all.
     Exception(Exception),
+    /// The hardware reported an error of its own.
+    MachineCheck,
     /// Triple fault.
     Shutdown,
     /// The processor refused the control block, or an exit nobody asked for.
@@ -100,7 +102,7 @@ impl Exit {
             Self::Xsetbv => 11,
             Self::CacheFlush => 12,
             Self::Faulting(_) | Self::Exception(_) => 13,
-            Self::Shutdown | Self::Unexpected { .. } => 14,
+            Self::MachineCheck | Self::Shutdown | Self::Unexpected { .. } => 14,
         }
     }
 }

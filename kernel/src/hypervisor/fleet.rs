@@ -14,6 +14,9 @@ use nestling_machine::platform::linux::LinuxImage;
 use nestling_machine::platform::{Entropy, VsockHost};
 use nestling_machine::vcpu::{HostCpuid, emulate};
 
+/// How long machines run at least between two rounds of the service that devices alone ask for.
+const LEAST_SLICE_NS: u64 = 300_000;
+
 /// Console lines that a machine leaves behind.
 const CONSOLE_LINES: usize = 40;
 
@@ -73,10 +76,9 @@ impl<B: Backend> Fleet<B> {
     /// # Errors
     /// [`CreateError`] when the node has too little memory or the image cannot boot.
     pub fn create(&mut self, image: &LinuxImage<'_>, memory_mib: u32) -> Result<MachineId, CreateError> {
-        let bytes = u64::from(memory_mib) << 20;
         self.unload();
         let machine =
-            Machine::new(&mut self.backend, &mut self.pool, &self.host, self.components, image, bytes)?;
+            Machine::new(&mut self.backend, &mut self.pool, &self.host, self.components, image, memory_mib)?;
         let id = MachineId(self.next);
         self.next += 1;
         self.machines.push((id, machine));
@@ -143,9 +145,10 @@ impl<B: Backend> Fleet<B> {
         self.pool.counts()
     }
 
-    /// Whether a machine of this size can be made now, every page of it and its tables.
+    /// Whether a machine of this size can be made now, with what others may still touch set aside for them.
     pub fn fits(&self, memory_mib: u32) -> bool {
-        frames_needed(memory_mib) <= self.pool.counts().0 as u64
+        let promised: u64 = self.machines.iter().map(|(_, machine)| frames_needed(machine.memory_mib)).sum();
+        promised + frames_needed(memory_mib) <= self.pool.counts().1 as u64
     }
 
     /// Whether a machine of this size can be made when nothing else runs.
@@ -161,14 +164,26 @@ impl<B: Backend> Fleet<B> {
     /// Runs machines until `deadline` (nanoseconds since boot), a device interrupt, or something for the service to do; idles
     /// when all of them wait.
     pub fn run(&mut self, deadline: Option<u64>) {
+        let earliest = clock::now_ns().saturating_add(LEAST_SLICE_NS);
         for _ in 0..self.machines.len() {
             self.turn = self.turn.wrapping_add(1);
             let position = self.turn % self.machines.len();
             self.switch_to(position);
+            // Another machine's timer is a reason to stop this one.
+            let others = self.machines.iter().enumerate().filter(|(other, _)| *other != position);
+            let wake = others.filter_map(|(_, (_, machine))| machine.deadline_ns()).chain(deadline).min();
             let Some((_, machine)) = self.machines.get_mut(position) else { continue };
-            let mut node = Node { pool: &mut self.pool, entropy: self.entropy.as_mut(), deadline };
-            if machine.run(&mut node) != Pause::Halted {
-                return;
+            let mut node =
+                Node { pool: &mut self.pool, entropy: self.entropy.as_mut(), deadline: wake, earliest };
+            match machine.run(&mut node) {
+                Pause::Halted => {}
+                // The service has seen the end and waits for something else, such as a slow reader of the log.
+                Pause::Ended if machine.end_seen => {}
+                Pause::Ended => {
+                    machine.end_seen = true;
+                    return;
+                }
+                Pause::Service => return,
             }
         }
         self.idle(deadline);
@@ -178,7 +193,7 @@ impl<B: Backend> Fleet<B> {
     fn idle(&mut self, deadline: Option<u64>) {
         let timers = self.machines.iter().filter_map(|(_, machine)| machine.deadline_ns());
         let wake = timers.chain(deadline).min();
-        if wake.is_some_and(|wake| wake <= clock::now_ns()) {
+        if interrupts::device_pending() || wake.is_some_and(|wake| wake <= clock::now_ns()) {
             return;
         }
         apic::timer_arm(wake);
@@ -188,7 +203,6 @@ impl<B: Backend> Fleet<B> {
             cpu::idle();
         }
         interrupts::take_timer();
-        interrupts::take_device();
     }
 
     fn unload(&mut self) {

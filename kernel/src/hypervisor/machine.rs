@@ -18,6 +18,9 @@ use nestling_machine::vcpu::{HostCpuid, Vcpu, VcpuConfig};
 /// The context id every guest has on its own vsock.
 const GUEST_CID: u64 = 3;
 
+/// A timer this many ticks ahead (years, at any rate) never fires.
+const NEVER_TICKS: u64 = 1 << 60;
+
 /// Why a machine runs no more.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum End {
@@ -74,6 +77,8 @@ pub struct Machine<B: Backend> {
     pub(super) offset: TscOffset,
     pub(super) halted: bool,
     pub(super) end: Option<End>,
+    pub(super) end_seen: bool,
+    pub(super) memory_mib: u32,
     pub(super) exits: ExitCounts,
     pub(super) last_exit: Option<Exit>,
 }
@@ -89,8 +94,9 @@ impl<B: Backend> Machine<B> {
         host: &Arc<HostCpuid>,
         components: u64,
         image: &LinuxImage<'_>,
-        ram_bytes: u64,
+        memory_mib: u32,
     ) -> Result<Self, CreateError> {
+        let ram_bytes = u64::from(memory_mib) << 20;
         let Some(nested) = NestedTable::new(pool) else { return Err(CreateError::OutOfFrames) };
         let mut ram = Ram::new(ram_bytes);
         let loaded = linux::load(&mut RamView { ram: &mut ram, pool }, image, ram_bytes, 1);
@@ -121,6 +127,8 @@ impl<B: Backend> Machine<B> {
             offset,
             halted: false,
             end: None,
+            end_seen: false,
+            memory_mib,
             exits: ExitCounts::default(),
             last_exit: None,
         };
@@ -151,7 +159,10 @@ impl<B: Backend> Machine<B> {
 
     /// When its timer next needs the core, in nanoseconds since boot.
     pub fn deadline_ns(&self) -> Option<u64> {
-        self.vcpu.lapic.next_deadline().map(|deadline| clock::ns_at_tsc(self.offset.host(deadline)))
+        let deadline = self.vcpu.lapic.next_deadline()?;
+        // A guest may ask for a time that lies centuries ahead and, on the host's counter, beyond its end.
+        let left = deadline.0.saturating_sub(self.offset.guest(clock::tsc()).0);
+        (left < NEVER_TICKS).then(|| clock::ns_at_tsc(self.offset.host(deadline)))
     }
 
     /// Takes the machine's state off the core.

@@ -40,6 +40,23 @@ pub struct Node<'a> {
     pub entropy: &'a mut dyn Entropy,
     /// When to come back at the latest, in nanoseconds since boot.
     pub deadline: Option<u64>,
+    /// Until when device interrupts alone are no reason to come back: a flood of packets must not keep machines from running.
+    pub earliest: u64,
+}
+
+impl Node<'_> {
+    /// Whether the service has something to do that cannot wait, or could be done while the guest waits.
+    fn wants_service(&self, halted: bool) -> bool {
+        let now = clock::now_ns();
+        self.deadline.is_some_and(|deadline| now >= deadline)
+            || (interrupts::device_pending() && (halted || now >= self.earliest))
+    }
+
+    /// When the physical timer has to end the guest's run for the service's sake.
+    fn wake(&self) -> Option<u64> {
+        let device = interrupts::device_pending().then_some(self.earliest);
+        device.into_iter().chain(self.deadline).min()
+    }
 }
 
 impl<B: Backend> Machine<B> {
@@ -52,15 +69,11 @@ impl<B: Backend> Machine<B> {
             if self.end().is_some() {
                 return Pause::Ended;
             }
-            if interrupts::take_device() || node.deadline.is_some_and(|deadline| clock::now_ns() >= deadline)
-            {
+            if self.vsock_progress() != seen || node.wants_service(self.halted) {
                 return Pause::Service;
             }
             if self.halted {
                 return Pause::Halted;
-            }
-            if self.vsock_progress() != seen {
-                return Pause::Service;
             }
             self.enter(node);
         }
@@ -103,14 +116,11 @@ impl<B: Backend> Machine<B> {
 
     fn enter(&mut self, node: &mut Node<'_>) {
         self.hardware.set_task_priority(self.vcpu.lapic.tpr() >> 4);
-        self.hardware.offer_interrupt(self.vcpu.lapic.pending());
+        self.hardware.offer_interrupt(self.vcpu.lapic.pending_at_any_task_priority());
         self.accept_interrupt();
         self.vcpu.before_entry(&mut RamView { ram: &mut self.ram, pool: node.pool });
         let timer = self.deadline_ns().map(|deadline| deadline.saturating_add(self.timer_slack_ns()));
-        apic::timer_arm(match (timer, node.deadline) {
-            (Some(a), Some(b)) => Some(a.min(b)),
-            (a, b) => a.or(b),
-        });
+        apic::timer_arm(timer.into_iter().chain(node.wake()).min());
         let exit = self.hardware.run();
         if let Exit::Interrupt = exit {
             cpu::take_interrupts();
@@ -171,6 +181,9 @@ impl<B: Backend> Machine<B> {
             Exit::Xsetbv => self.xsetbv(node),
             Exit::CacheFlush => self.skip(node),
             Exit::Faulting(exception) | Exit::Exception(exception) => self.hardware.inject(exception),
+            Exit::MachineCheck => {
+                panic!("machine check while a guest ran: the hardware reports an error that may be anywhere")
+            }
             Exit::Shutdown => self.end = Some(End::TripleFault),
             Exit::Unexpected { code, info1, info2 } => {
                 self.hardware.dump();
@@ -215,7 +228,10 @@ impl<B: Backend> Machine<B> {
     fn stop(&mut self, stop: Stop) {
         match stop {
             Stop::Exception(exception) => self.hardware.inject(exception),
-            Stop::Memory(_) => self.end = Some(End::OutOfFrames),
+            Stop::Memory(MemoryError::OutOfFrames) => self.end = Some(End::OutOfFrames),
+            Stop::Memory(error @ MemoryError::NotRam { .. }) => {
+                self.end = Some(End::Unsupported(format!("{error}")))
+            }
             Stop::Unsupported { bytes, length } => self.unsupported(&bytes, length),
         }
     }
@@ -355,12 +371,12 @@ impl<B: Backend> Machine<B> {
             Emulation::Partial => *self.hardware.registers() = state.registers,
             Emulation::Fault(exception) => {
                 *self.hardware.registers() = state.registers;
+                // A single-step trap says so in DR6.
+                self.hardware.set_dr6(state.system.dr6);
                 self.hardware.inject(exception);
             }
             Emulation::Unsupported { bytes, length } => self.unsupported(&bytes, length),
-            Emulation::Memory(MemoryError::OutOfFrames | MemoryError::NotRam { .. }) => {
-                self.end = Some(End::OutOfFrames)
-            }
+            Emulation::Memory(error) => self.stop(Stop::Memory(error)),
         }
     }
 }

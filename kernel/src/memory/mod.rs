@@ -77,12 +77,18 @@ pub fn init(boot: &BootInfo) -> Result<FramePool, TooLittleMemory> {
     Ok(pool)
 }
 
-/// Usable RAM in whole 2 MiB frames that neither the kernel nor a module occupies.
+/// Usable RAM in whole 2 MiB frames that neither the kernel, a module nor the firmware occupies, each frame once: loaders' maps
+/// overlap at times.
 fn free_ranges(boot: &BootInfo) -> Vec<(u64, u64)> {
     let kernel = (&raw const __kernel_start as u64, &raw const __kernel_end as u64);
     let modules = boot.modules.iter().map(|m| (m.as_ptr() as u64, m.as_ptr() as u64 + m.len() as u64));
-    let occupied: Vec<(u64, u64)> =
-        core::iter::once((0, LOW_MEMORY_END)).chain(core::iter::once(kernel)).chain(modules).collect();
+    let firmware = boot
+        .memory
+        .iter()
+        .filter(|range| range.kind == MemoryKind::Firmware)
+        .map(|range| (range.start, range.end));
+    let mut occupied: Vec<(u64, u64)> =
+        [(0, LOW_MEMORY_END), kernel].into_iter().chain(modules).chain(firmware).collect();
     let mut free = Vec::new();
     for range in boot.memory.iter().filter(|range| range.kind == MemoryKind::Usable) {
         let mut pieces = Vec::from([(range.start, range.end)]);
@@ -93,12 +99,9 @@ fn free_ranges(boot: &BootInfo) -> Vec<(u64, u64)> {
                 .filter(|(s, e)| s < e)
                 .collect();
         }
-        free.extend(
-            pieces
-                .into_iter()
-                .map(|(s, e)| (s.next_multiple_of(LARGE_FRAME), e & !(LARGE_FRAME - 1)))
-                .filter(|(s, e)| s < e),
-        );
+        occupied.push((range.start, range.end));
+        let whole = |(s, e): (u64, u64)| (s.next_multiple_of(LARGE_FRAME), e & !(LARGE_FRAME - 1));
+        free.extend(pieces.into_iter().map(whole).filter(|(s, e)| s < e));
     }
     free
 }

@@ -61,17 +61,13 @@ pub fn init(boot: &BootInfo) {
     identity(&mut mapper, text_end, rodata_end, READ_ONLY);
     identity(&mut mapper, rodata_end, stack_guard, READ_WRITE);
     identity(&mut mapper, stack_bottom, kernel_end, READ_WRITE);
-    for range in &boot.memory {
-        let flags = if range.kind == MemoryKind::Usable { READ_WRITE } else { READ_ONLY };
+    // Firmware ranges are mapped when a driver asks: some hold device registers, some are terabytes of nothing.
+    for range in boot.memory.iter().filter(|range| range.kind == MemoryKind::Usable) {
         // The null page stays unmapped; the kernel's own pages are mapped above.
         let start = range.start.max(Size4KiB::SIZE).next_multiple_of(Size4KiB::SIZE);
-        let end = if range.kind == MemoryKind::Usable {
-            range.end & !0xFFF
-        } else {
-            range.end.next_multiple_of(0x1000)
-        };
-        identity(&mut mapper, start, end.min(kernel).max(start), flags);
-        identity(&mut mapper, start.max(kernel_end), end.max(kernel_end), flags);
+        let end = range.end & !(Size4KiB::SIZE - 1);
+        identity(&mut mapper, start, end.min(kernel).max(start), READ_WRITE);
+        identity(&mut mapper, start.max(kernel_end), end.max(kernel_end), READ_WRITE);
     }
     // SAFETY: the new tables map this code, the stack and the heap exactly where they are.
     unsafe { Cr3::write(root, Cr3Flags::empty()) };

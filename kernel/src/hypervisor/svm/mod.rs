@@ -19,12 +19,14 @@ use permission_maps::PermissionMaps;
 pub use vcpu::SvmVcpu;
 use x86_64::registers::model_specific::{Efer, EferFlags, Msr};
 
+const EFER: u32 = 0xC000_0080;
+const EFER_AIBRSE: u64 = 1 << 21;
 const VM_CR: u32 = 0xC001_0114;
 const VM_HSAVE_PA: u32 = 0xC001_0117;
 
 /// SVM, switched on on this core.
 pub struct Svm {
-    features: [(&'static str, bool); 9],
+    features: [(&'static str, bool); 10],
     maps: Rc<PermissionMaps>,
     /// This core's own VMSAVE state.
     host: Rc<Pages>,
@@ -33,6 +35,11 @@ pub struct Svm {
     nrip_save: bool,
     asids: u32,
     next_asid: u32,
+}
+
+/// Automatic IBRS (CPUID leaf 0x8000_0021 EAX bit 8): AMD APM vol. 2, 3.1.7.
+fn has_automatic_ibrs() -> bool {
+    cpuid(0x8000_0000, 0)[0] >= 0x8000_0021 && cpuid(0x8000_0021, 0)[0] & 1 << 8 != 0
 }
 
 impl Backend for Svm {
@@ -49,6 +56,12 @@ impl Backend for Svm {
         check(max_leaf, ecx, edx, unsafe { Msr::new(VM_CR).read() })?;
         let save_area = Pages::new(1);
         let host = Rc::new(Pages::new(1));
+        let automatic_ibrs = has_automatic_ibrs();
+        if automatic_ibrs {
+            let mut efer = Msr::new(EFER);
+            // SAFETY: CPUID offers the bit. It keeps branch predictions that a guest has trained away from L1.
+            unsafe { efer.write(efer.read() | EFER_AIBRSE) };
+        }
         // SAFETY: CPUID offers SVM and VM_CR allows it; both pages stay allocated as long as `Self`, which is never dropped.
         unsafe {
             Efer::update(|efer| efer.insert(EferFlags::SECURE_VIRTUAL_MACHINE_ENABLE));
@@ -67,6 +80,7 @@ impl Backend for Svm {
                 ("pause_filter", has(feature::PAUSE_FILTER)),
                 ("virtual_vmload", has(feature::VIRTUAL_VMLOAD) && has(feature::VIRTUAL_GIF)),
                 ("avic", has(feature::AVIC)),
+                ("automatic_ibrs", automatic_ibrs),
             ],
             maps: Rc::new(PermissionMaps::new()),
             host,

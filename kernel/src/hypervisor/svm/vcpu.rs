@@ -14,6 +14,7 @@ use nestling_machine::state::{Exception, Gpr, Registers, Segment, SystemState, T
 use nestling_machine::vcpu::CpuContext;
 use x86_64::registers::model_specific::Msr;
 
+const CR0_PE: u64 = 1 << 0;
 const EFER_SVME: u64 = 1 << 12;
 const EFER_LMA: u64 = 1 << 10;
 const RFLAGS_IF: u64 = 1 << 9;
@@ -24,6 +25,7 @@ const DR7_RESET: u64 = 0x400;
 const DEBUG_EXCEPTION: u8 = 1;
 const NMI: u8 = 2;
 const ALIGNMENT_CHECK: u8 = 17;
+const MACHINE_CHECK: u8 = 18;
 
 /// Where the guest stands with non-maskable interrupts, which processors without virtual NMI do not track: from delivery to the
 /// next IRET, which is intercepted for that, no second one is delivered (APM vol. 2, 15.21.10 and 8.1.2).
@@ -72,7 +74,7 @@ impl SvmVcpu {
         };
         let (io, msr) = (vcpu.maps.io(), vcpu.maps.msr());
         let b = vcpu.block_mut();
-        b.intercept_exceptions = 1 << DEBUG_EXCEPTION | 1 << ALIGNMENT_CHECK;
+        b.intercept_exceptions = 1 << DEBUG_EXCEPTION | 1 << ALIGNMENT_CHECK | 1 << MACHINE_CHECK;
         b.intercept1 = intercept1::INTR
             | intercept1::NMI
             | intercept1::INIT
@@ -183,6 +185,9 @@ impl SvmVcpu {
             | exit_code::RDPRU => Exit::Faulting(Exception::UNDEFINED),
             exit_code::EXCP_BASE..=exit_code::EXCP_LAST => {
                 let vector = (code - exit_code::EXCP_BASE) as u8;
+                if vector == MACHINE_CHECK {
+                    return Exit::MachineCheck;
+                }
                 let error_code = (vector == ALIGNMENT_CHECK).then_some(info1 as u32);
                 Exit::Exception(Exception { vector: Vector(vector), error_code, cr2: None })
             }
@@ -290,7 +295,8 @@ impl VendorVcpu for SvmVcpu {
         let mut event = u64::from(exception.vector.0)
             | vmcb::EVENT_EXCEPTION << vmcb::EVENT_TYPE_SHIFT
             | vmcb::EVENT_VALID;
-        if let Some(code) = exception.error_code {
+        // Real mode pushes no error codes.
+        if let Some(code) = exception.error_code.filter(|_| b.cr0 & CR0_PE != 0) {
             event |= vmcb::EVENT_HAS_ERROR | u64::from(code) << 32;
         }
         b.event_inject = event;
@@ -312,13 +318,19 @@ impl VendorVcpu for SvmVcpu {
         let b = self.block_mut();
         b.int_control &= !vmcb::V_IRQ;
         let Some(vector) = vector else { return };
-        if open && b.interrupt_shadow & 1 == 0 && b.event_inject & vmcb::EVENT_VALID == 0 {
+        let priority = u32::from(vector.0 >> 4);
+        if open
+            && priority > b.int_control & vmcb::V_TPR
+            && b.interrupt_shadow & 1 == 0
+            && b.event_inject & vmcb::EVENT_VALID == 0
+        {
             b.event_inject =
                 u64::from(vector.0) | vmcb::EVENT_INTERRUPT << vmcb::EVENT_TYPE_SHIFT | vmcb::EVENT_VALID;
             self.accepted = Some(vector);
         } else {
-            // The processor delivers it when the guest opens the window: no exit just for that.
-            b.int_control |= vmcb::V_IRQ | vmcb::V_INTR_PRIO_HIGHEST | vmcb::V_IGN_TPR;
+            // The processor delivers it when the guest opens the window and its CR8 allows: no exit just for that.
+            b.int_control =
+                b.int_control & !vmcb::V_INTR_PRIO | vmcb::V_IRQ | priority << vmcb::V_INTR_PRIO_SHIFT;
             b.int_vector = u32::from(vector.0);
             self.offered = Some(vector);
         }
@@ -340,6 +352,10 @@ impl VendorVcpu for SvmVcpu {
         }
         self.load_tsc_aux(tsc_aux);
         self.flush();
+    }
+
+    fn set_dr6(&mut self, value: u64) {
+        self.block_mut().dr6 = value;
     }
 
     fn load_tsc_aux(&mut self, value: u64) {

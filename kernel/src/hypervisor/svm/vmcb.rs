@@ -66,10 +66,10 @@ pub mod exit_code {
 
 /// V_IRQ: a virtual interrupt is pending.
 pub const V_IRQ: u32 = 1 << 8;
-/// V_INTR_PRIO at its highest.
-pub const V_INTR_PRIO_HIGHEST: u32 = 0xF << 16;
-/// V_IGN_TPR: the virtual interrupt ignores V_TPR.
-pub const V_IGN_TPR: u32 = 1 << 20;
+/// V_INTR_PRIO: the virtual interrupt's priority, compared with V_TPR.
+pub const V_INTR_PRIO: u32 = 0xF << V_INTR_PRIO_SHIFT;
+/// Where V_INTR_PRIO stands.
+pub const V_INTR_PRIO_SHIFT: u32 = 16;
 /// V_INTR_MASKING: RFLAGS.IF and CR8 of the guest are its own.
 pub const V_INTR_MASKING: u32 = 1 << 24;
 /// V_TPR's bits: the task priority as CR8 shows it.

@@ -220,6 +220,13 @@ impl Lapic {
         if self.is_software_enabled() { self.requested.highest() } else { None }
     }
 
+    /// The highest requested vector above what is in service, whatever the task priority: for a processor that compares it with
+    /// CR8 by itself.
+    pub fn pending_at_any_task_priority(&self) -> Option<Vector> {
+        let in_service = self.in_service.highest().map_or(0, |vector| vector.0 >> 4);
+        self.requested().filter(|vector| vector.0 >> 4 > in_service)
+    }
+
     /// Moves what [`Self::pending`] says from requested to in service.
     pub fn acknowledge(&mut self) -> Option<Vector> {
         let vector = self.pending()?;
