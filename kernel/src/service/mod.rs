@@ -149,7 +149,7 @@ impl<Id: Copy> Service<Id> {
         let jobs = self.api.jobs.deadline(now);
         // Everything due now was done: what still says so waits for somebody else, and machines must get
         // their turn.
-        let soonest = now.monotonic_ns.saturating_add(LEAST_PAUSE_NS);
+        let soonest = clock::now_ns().saturating_add(LEAST_PAUSE_NS);
         network.into_iter().chain(jobs).min().map(|deadline| deadline.max(soonest))
     }
 }
