@@ -8,7 +8,7 @@ mod agent;
 mod bundle;
 pub(crate) mod modules;
 pub(crate) mod packages;
-mod recipe;
+pub(crate) mod recipe;
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -4,6 +4,7 @@ use nestling::bed::Bed;
 use nestling_tests::http::{Connection, exchange, request};
 use nestling_tests::job::{create, job, wait};
 use nestling_tests::node::Shared;
+use std::time::Duration;
 
 static NODE: Shared = Shared::new(Bed::builder);
 
@@ -179,7 +180,12 @@ fn a_client_that_leaves_in_the_middle_is_forgotten() {
 #[test]
 fn two_hundred_connections_at_once_are_all_served() {
     let node = NODE.get();
-    let mut connections: Vec<Connection> = (0..200).map(|_| Connection::open(node)).collect();
+    let open = |_| {
+        // QEMU's port forwarding takes one waiting connection at a time; a second waits for TCP's retry, a second later.
+        std::thread::sleep(Duration::from_millis(10));
+        Connection::open(node)
+    };
+    let mut connections: Vec<Connection> = (0..200).map(open).collect();
     for round in 0..2 {
         for connection in &mut connections {
             assert!(connection.send("GET /healthz HTTP/1.1\r\nHost: node\r\n\r\n"));

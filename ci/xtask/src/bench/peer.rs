@@ -9,6 +9,7 @@ use crate::build::workspace_root;
 use crate::cpio::Archive;
 use crate::image::modules::Modules;
 use crate::image::packages::{resolve, unpack};
+use crate::image::recipe::Recipe;
 use crate::process::output;
 use anyhow::{Context, Result, bail};
 use std::fs;
@@ -39,7 +40,7 @@ if grep -q count_exits /proc/cmdline; then
 fi
 echo MARK vmm
 chroot /run/vmm /qemu -M microvm,rtc=on -L /share -accel kvm -cpu host -smp 1 -m 256 -nodefaults -no-user-config -display none \
-    -no-reboot -serial stdio -kernel /vmlinuz -initrd /initramfs.cpio -append 'console=ttyS0 quiet panic=-1' </dev/null
+    -no-reboot -serial stdio -kernel /vmlinuz -initrd /initramfs.cpio -append 'COMMAND_LINE' </dev/null
 echo MARK ended
 if grep -q count_exits /proc/cmdline; then
     grep -E '^(\{|    Hits)' /sys/kernel/tracing/events/kvm/kvm_exit/hist
@@ -65,7 +66,12 @@ impl Peer {
         };
         let (kernel, shell) = (resolve("linux-image-cloud-amd64")?, resolve("busybox-static")?);
         let qemu = output(Command::new("qemu-system-x86_64").arg("--version"))?;
-        let recipe = format!("{L1_INIT}{L2_INIT}{MODULES:?}\n{} {}\n{qemu}", kernel.sha256, shell.sha256);
+        // Both sides' L2 boot with the same words.
+        let command_line = Recipe::read(&workspace_root().join("images/guest"), "minimal")?.command_line;
+        let recipe = format!(
+            "{L1_INIT}{L2_INIT}{MODULES:?}\n{command_line}\n{} {}\n{qemu}",
+            kernel.sha256, shell.sha256
+        );
         let stamp = folder.join("recipe");
         if fs::read_to_string(&stamp).is_ok_and(|built| built == recipe) {
             return Ok(peer);
@@ -83,7 +89,11 @@ impl Peer {
             l1.file(&format!("modules/{}.ko", module.name), module.contents, false);
             loaded.push(module.name);
         }
-        l1.file("init", L1_INIT.replace("MODULES", &loaded.join(" ")), true);
+        l1.file(
+            "init",
+            L1_INIT.replace("MODULES", &loaded.join(" ")).replace("COMMAND_LINE", &command_line),
+            true,
+        );
         fs::write(&peer.initramfs, l1.finish())?;
 
         let mut l2 = busybox(&shell)?;

@@ -20,7 +20,7 @@ struct Text {
 
 /// An image's description.
 #[derive(Debug)]
-pub(super) struct Recipe {
+pub(crate) struct Recipe {
     /// The image's name: the folder's.
     pub(super) name: String,
     /// The Debian package of the kernel; may be one that only depends on the real one.
@@ -30,14 +30,14 @@ pub(super) struct Recipe {
     /// Kernel modules to load at boot; those they depend on come by themselves.
     pub(super) modules: Vec<String>,
     /// The kernel's command line.
-    pub(super) command_line: String,
+    pub(crate) command_line: String,
     /// The image's own files: path in the image, contents, whether executable.
     pub(super) files: BTreeMap<String, (Vec<u8>, bool)>,
 }
 
 impl Recipe {
     /// Reads the recipe `name` below `folder`.
-    pub(super) fn read(folder: &Path, name: &str) -> Result<Self> {
+    pub(crate) fn read(folder: &Path, name: &str) -> Result<Self> {
         let known = || {
             let mut names: Vec<_> = fs::read_dir(folder).into_iter().flatten().flatten().collect();
             names.retain(|entry| entry.path().join("recipe.json").is_file());
