@@ -2,10 +2,14 @@
 
 use std::error::Error;
 use std::fmt;
+use std::time::Duration;
 
 use nestling_api::types::ErrorBody;
 
 use super::Answer;
+
+/// When to ask again if a node that cannot answer now does not say.
+const DEFAULT_RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// Why a call had no result.
 #[derive(Debug)]
@@ -25,6 +29,8 @@ pub enum ClientError {
         status: u16,
         /// What the node says is wrong.
         body: Box<ErrorBody>,
+        /// When to ask again, if the node says so.
+        retry_after: Option<Duration>,
     },
     /// The node answered what cannot be understood.
     Answer {
@@ -52,13 +58,28 @@ impl ClientError {
         }
     }
 
+    /// How long to wait before asking again, when the node could not do now what it may do later (status 503).
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            ClientError::Refused { status: 503, retry_after, .. } => {
+                Some(retry_after.unwrap_or(DEFAULT_RETRY_AFTER))
+            }
+            _ => None,
+        }
+    }
+
     pub(super) fn unreachable(url: &str, source: impl Into<Box<dyn Error + Send + Sync>>) -> ClientError {
         ClientError::Unreachable { url: url.to_owned(), source: source.into() }
     }
 
     pub(super) fn refused(path: &str, answer: &Answer) -> ClientError {
         match serde_json::from_slice::<ErrorBody>(&answer.body) {
-            Ok(body) => ClientError::Refused { status: answer.status, body: Box::new(body) },
+            Ok(body) => {
+                // The other form, a date, is not a node's.
+                let seconds = answer.header("retry-after").and_then(|value| value.parse().ok());
+                let retry_after = seconds.map(Duration::from_secs);
+                ClientError::Refused { status: answer.status, body: Box::new(body), retry_after }
+            }
             Err(_) => ClientError::Answer {
                 path: path.to_owned(),
                 reason: format!("status {} without a node's error; is this a nestling node?", answer.status),
@@ -76,7 +97,7 @@ impl fmt::Display for ClientError {
             ClientError::Unreachable { url, source } => {
                 write!(f, "cannot reach the node at {url}: {source}")
             }
-            ClientError::Refused { status, body } => {
+            ClientError::Refused { status, body, .. } => {
                 write!(f, "{}", body.message)?;
                 // The message has the first one already.
                 for error in body.errors.iter().skip(1) {
@@ -114,6 +135,19 @@ mod tests {
         assert_eq!(error.status(), Some(422));
         let expected = "steps[0].run: must not be empty (and 1 more, see errors)\nname: is too long";
         assert_eq!(error.to_string(), expected);
+    }
+
+    #[test]
+    fn only_what_may_pass_is_worth_another_try_and_the_node_says_when() {
+        let body = r#"{"message":"m","code":"queue_full","documentation_url":"","status":"503"}"#;
+        let told = |status, value: &str| {
+            let headers = vec![("retry-after".to_owned(), value.to_owned())];
+            let answer = Answer { headers, ..answer(status, body) };
+            ClientError::refused("/v1/jobs", &answer).retry_after()
+        };
+        assert_eq!(told(503, "5"), Some(Duration::from_secs(5)));
+        assert_eq!(told(503, "Mon, 23 Nov 2026 12:00:00 GMT"), Some(DEFAULT_RETRY_AFTER));
+        assert_eq!(told(409, "5"), None);
     }
 
     #[test]

@@ -31,7 +31,8 @@ impl LogStream {
     /// The next frame; none at the end of the output.
     ///
     /// # Errors
-    /// When the connection breaks, or the body is no such frames. After an error, the stream is over.
+    /// [`io::ErrorKind::TimedOut`] when nothing came for long; else the connection broke, or the body is no such frames.
+    /// After an error, the stream is over.
     pub fn next_frame(&mut self) -> io::Result<Option<LogFrame>> {
         if self.finished {
             return Ok(None);
@@ -56,9 +57,17 @@ impl LogStream {
                 Ok(0) => return Ok(None),
                 Ok(length) => self.decoder.push(&self.buffer[..length]),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+                Err(error) => return Err(with_timeout_told(error)),
             }
         }
+    }
+}
+
+/// Tells a timeout of the HTTP client, which is an error of no kind, as one.
+fn with_timeout_told(error: io::Error) -> io::Error {
+    match error.get_ref().and_then(|inner| inner.downcast_ref::<ureq::Error>()) {
+        Some(ureq::Error::Timeout(_)) => io::Error::new(io::ErrorKind::TimedOut, "nothing came for long"),
+        _ => error,
     }
 }
 

@@ -1,10 +1,11 @@
 //! A client of one node's HTTP API.
 
 mod error;
+mod job_pages;
 mod log_stream;
 
 use std::fmt::Write as _;
-use std::io::Read;
+use std::io::{self, Read};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -15,6 +16,7 @@ use ureq::Agent;
 use ureq::http;
 
 pub use error::ClientError;
+pub use job_pages::JobPages;
 pub use log_stream::LogStream;
 pub use nestling_api::log::Stream;
 pub use nestling_api::multiplex::LogFrame;
@@ -24,8 +26,12 @@ use crate::random;
 
 /// Longest wait for a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Longest wait for the head of an answer, and for a whole answer that is no log.
+/// Longest wait for the head of an answer, and for each further part of it.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a job is offered to a node that has no room for it.
+const CREATE_PATIENCE: Duration = Duration::from_secs(30);
+/// How often a caller that waits is asked whether it still wants to.
+const WAIT_SLICE: Duration = Duration::from_millis(50);
 /// Largest answer that is no log: a page of 100 jobs of 100 steps each fits.
 const MAX_BODY: u64 = 64 << 20;
 
@@ -58,6 +64,26 @@ pub enum Streams {
     Stdout,
     /// Standard error only.
     Stderr,
+}
+
+impl JobQuery {
+    fn path(&self) -> String {
+        let mut path = String::from("/v1/jobs");
+        let mut separator = '?';
+        let parameters = [
+            ("status", self.status.map(|status| status.as_str().to_owned())),
+            ("per_page", self.per_page.map(|number| number.to_string())),
+            ("page", self.page.map(|number| number.to_string())),
+        ];
+        for (name, value) in parameters {
+            if let Some(value) = value {
+                // Writing to a String cannot fail.
+                let _ = write!(path, "{separator}{name}={value}");
+                separator = '&';
+            }
+        }
+        path
+    }
 }
 
 impl Streams {
@@ -121,16 +147,14 @@ impl Client {
         if parsed.is_none() {
             return Err(ClientError::Url(url.to_owned()));
         }
-        let agent = Agent::config_builder()
-            .http_status_as_error(false)
-            .user_agent(concat!("nestling/", env!("CARGO_PKG_VERSION")))
-            // A node is addressed directly; a proxy for the world outside would not find it.
-            .proxy(None)
-            .timeout_connect(Some(CONNECT_TIMEOUT))
-            .timeout_recv_response(Some(ANSWER_TIMEOUT))
-            .build()
-            .new_agent();
-        Ok(Client { agent, url: url.to_owned(), token: token.map(str::to_owned) })
+        let token = token.map(str::to_owned);
+        Ok(Client { agent: agent(ANSWER_TIMEOUT), url: url.to_owned(), token })
+    }
+
+    /// The same client, but giving up a connection once the node has been silent on it for `silence` instead of 60 s.
+    #[must_use]
+    pub fn with_silence_limit(self, silence: Duration) -> Client {
+        Client { agent: agent(silence), ..self }
     }
 
     /// The node's URL, without a slash at its end.
@@ -186,16 +210,46 @@ impl Client {
         self.get("/v1/images")
     }
 
-    /// `POST /v1/jobs` with a random idempotency key, tried again when the connection breaks.
+    /// `POST /v1/jobs` with a random idempotency key. Tried again once when the connection breaks, and for up to 30 s while
+    /// the node has no room for the job, as often as the node says (`Retry-After`).
     ///
     /// # Errors
     /// As [`version`](Self::version).
     pub fn create_job(&self, request: &JobRequest) -> Result<Job, ClientError> {
+        self.create_job_while(request, || true)
+    }
+
+    /// As [`create_job`](Self::create_job), but waits for room only as long as `wanted` says so.
+    ///
+    /// # Errors
+    /// As [`version`](Self::version).
+    pub fn create_job_while(
+        &self,
+        request: &JobRequest,
+        wanted: impl Fn() -> bool,
+    ) -> Result<Job, ClientError> {
+        // The key makes another try safe: if an earlier one arrived, this names the same job.
         let key = random::hex(16);
-        match self.create_job_with_key(request, &key) {
-            // The key makes the second try safe: if the first one arrived, this names the same job.
-            Err(ClientError::Unreachable { .. }) => self.create_job_with_key(request, &key),
-            result => result,
+        let start = Instant::now();
+        let mut broke = false;
+        loop {
+            let error = match self.create_job_with_key(request, &key) {
+                Ok(job) => return Ok(job),
+                Err(error) => error,
+            };
+            match error.retry_after() {
+                Some(pause) if start.elapsed().saturating_add(pause) <= CREATE_PATIENCE => {
+                    let began = Instant::now();
+                    while began.elapsed() < pause {
+                        if !wanted() {
+                            return Err(error);
+                        }
+                        thread::sleep(WAIT_SLICE.min(pause));
+                    }
+                }
+                None if matches!(error, ClientError::Unreachable { .. }) && !broke => broke = true,
+                _ => return Err(error),
+            }
         }
     }
 
@@ -212,26 +266,17 @@ impl Client {
         self.decode("/v1/jobs", self.request("POST", "/v1/jobs", &headers, Some(&body))?)
     }
 
-    /// `GET /v1/jobs`, newest first.
+    /// `GET /v1/jobs`, newest first: one page.
     ///
     /// # Errors
     /// As [`version`](Self::version).
     pub fn jobs(&self, query: &JobQuery) -> Result<JobList, ClientError> {
-        let mut path = String::from("/v1/jobs");
-        let mut separator = '?';
-        let parameters = [
-            ("status", query.status.map(|status| status.as_str().to_owned())),
-            ("per_page", query.per_page.map(|number| number.to_string())),
-            ("page", query.page.map(|number| number.to_string())),
-        ];
-        for (name, value) in parameters {
-            if let Some(value) = value {
-                // Writing to a String cannot fail.
-                let _ = write!(path, "{separator}{name}={value}");
-                separator = '&';
-            }
-        }
-        self.get(&path)
+        self.get(&query.path())
+    }
+
+    /// `GET /v1/jobs`, newest first: the page of the query and all that come after it, each asked for when it is wanted.
+    pub fn job_pages(&self, query: &JobQuery) -> JobPages<'_> {
+        JobPages::new(self, query.path())
     }
 
     /// `GET /v1/jobs/{id}`.
@@ -269,7 +314,9 @@ impl Client {
         Ok(self.succeeded(&path, self.request("GET", &path, &[], None)?)?.body)
     }
 
-    /// The job's output from byte `offset` of both streams together, followed until the job is over when `follow` says so.
+    /// The job's output from byte `offset` of both streams together, followed until the job is over when `follow` says so. A
+    /// stream on which nothing came for 60 s ends with [`io::ErrorKind::TimedOut`]: the job may be quiet, or the node gone;
+    /// ask again from [`LogStream::offset`].
     ///
     /// # Errors
     /// As [`version`](Self::version).
@@ -290,7 +337,7 @@ impl Client {
         let headers = [("accept", MEDIA_TYPE)];
         let response = self.send("GET", &path, &headers, None)?;
         if !response.status().is_success() {
-            let answer = read_whole(&path, response)?;
+            let answer = self.read_whole(&path, response)?;
             return Err(ClientError::refused(&path, &answer));
         }
         let kind =
@@ -327,11 +374,18 @@ impl Client {
     pub fn run(&self, request: &JobRequest) -> Result<Finished, ClientError> {
         let id = self.create_job(request)?.id;
         let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
-        for frame in self.log_stream(&id, Streams::Both, 0, true)? {
-            match frame.map_err(|error| ClientError::unreachable(&self.url, error))? {
-                LogFrame::Output(Stream::Stdout, data) => stdout.extend_from_slice(&data),
-                LogFrame::Output(Stream::Stderr, data) => stderr.extend_from_slice(&data),
-                LogFrame::Dropped(_) => {}
+        let mut log = self.log_stream(&id, Streams::Both, 0, true)?;
+        loop {
+            match log.next_frame() {
+                Ok(Some(LogFrame::Output(Stream::Stdout, data))) => stdout.extend_from_slice(&data),
+                Ok(Some(LogFrame::Output(Stream::Stderr, data))) => stderr.extend_from_slice(&data),
+                Ok(Some(LogFrame::Dropped(_))) => {}
+                Ok(None) => break,
+                // The job may just be quiet, which a new connection tells from a node that is gone.
+                Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+                    log = self.log_stream(&id, Streams::Both, log.offset(), true)?;
+                }
+                Err(error) => return Err(ClientError::unreachable(&self.url, error)),
             }
         }
         Ok(Finished { job: self.job(&id)?, stdout, stderr })
@@ -349,7 +403,7 @@ impl Client {
         body: Option<&[u8]>,
     ) -> Result<Answer, ClientError> {
         let response = self.send(method, path, headers, body)?;
-        read_whole(path, response)
+        self.read_whole(path, response)
     }
 
     fn send(
@@ -375,6 +429,22 @@ impl Client {
         result.map_err(|error| ClientError::unreachable(&self.url, error))
     }
 
+    fn read_whole(&self, path: &str, response: http::Response<ureq::Body>) -> Result<Answer, ClientError> {
+        let (head, body) = response.into_parts();
+        let mut bytes = Vec::new();
+        body.into_reader().take(MAX_BODY).read_to_end(&mut bytes).map_err(|error| {
+            ClientError::unreachable(&self.url, format!("its answer to {path} broke off: {error}"))
+        })?;
+        let headers = head
+            .headers
+            .iter()
+            .map(|(name, value)| {
+                (name.as_str().to_owned(), String::from_utf8_lossy(value.as_bytes()).into_owned())
+            })
+            .collect();
+        Ok(Answer { status: head.status.as_u16(), headers, body: bytes })
+    }
+
     fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
         self.decode(path, self.request("GET", path, &[], None)?)
     }
@@ -394,21 +464,18 @@ impl Client {
     }
 }
 
-fn read_whole(path: &str, response: http::Response<ureq::Body>) -> Result<Answer, ClientError> {
-    let (head, body) = response.into_parts();
-    let mut bytes = Vec::new();
-    body.into_reader().take(MAX_BODY).read_to_end(&mut bytes).map_err(|error| ClientError::Answer {
-        path: path.to_owned(),
-        reason: format!("it broke off: {error}"),
-    })?;
-    let headers = head
-        .headers
-        .iter()
-        .map(|(name, value)| {
-            (name.as_str().to_owned(), String::from_utf8_lossy(value.as_bytes()).into_owned())
-        })
-        .collect();
-    Ok(Answer { status: head.status.as_u16(), headers, body: bytes })
+fn agent(silence: Duration) -> Agent {
+    Agent::config_builder()
+        .http_status_as_error(false)
+        .user_agent(concat!("nestling/", env!("CARGO_PKG_VERSION")))
+        // A node is addressed directly; a proxy for the world outside would not find it.
+        .proxy(None)
+        .timeout_connect(Some(CONNECT_TIMEOUT))
+        .timeout_recv_response(Some(ANSWER_TIMEOUT))
+        .timeout_per_read(Some(silence))
+        .timeout_per_write(Some(silence))
+        .build()
+        .new_agent()
 }
 
 #[cfg(test)]

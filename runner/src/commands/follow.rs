@@ -20,6 +20,11 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// Lines of its serial log shown when a node of this computer ended.
 const TAIL_LINES: usize = 20;
 
+#[cfg(test)]
+#[path = "../../tests/fake/mod.rs"]
+#[allow(dead_code, reason = "the command's own tests use more of it")]
+mod fake;
+
 /// What the log is handed to.
 pub(super) trait Sink {
     /// Output of the job.
@@ -68,8 +73,12 @@ impl Follower<'_> {
         let mut log = client.log_stream(self.id, Streams::Both, self.offset, true).map_err(classify)?;
         let before = self.offset;
         loop {
-            let frame =
-                log.next_frame().map_err(|error| Failure::Passing(anyhow!("the log broke off: {error}")))?;
+            let frame = match log.next_frame() {
+                Ok(frame) => frame,
+                // The job may just be quiet, which a new connection tells from a node that is gone.
+                Err(error) if error.kind() == io::ErrorKind::TimedOut => return Ok(None),
+                Err(error) => return Err(Failure::Passing(anyhow!("the log broke off: {error}"))),
+            };
             let written = match &frame {
                 Some(LogFrame::Output(stream, data)) => sink.output(*stream, data),
                 Some(LogFrame::Dropped(bytes)) => sink.dropped(*bytes),
@@ -165,4 +174,49 @@ pub(super) fn dropped(bytes: u64) -> String {
 fn write_all(to: &mut dyn Write, data: &[u8]) -> io::Result<()> {
     to.write_all(data)?;
     to.flush()
+}
+
+#[cfg(test)]
+mod tests {
+    use nestling::client::Client;
+    use nestling::client::types::{JobRequest, StepRequest};
+
+    use super::fake::{FakeNode, TOKEN};
+    use super::*;
+
+    /// Keeps what it is handed.
+    #[derive(Default)]
+    struct Kept {
+        output: Vec<u8>,
+        remarks: Vec<String>,
+    }
+
+    impl Sink for Kept {
+        fn output(&mut self, _: Stream, data: &[u8]) -> io::Result<()> {
+            self.output.extend_from_slice(data);
+            Ok(())
+        }
+
+        fn dropped(&mut self, bytes: u64) -> io::Result<()> {
+            self.remark(&dropped(bytes));
+            Ok(())
+        }
+
+        fn remark(&mut self, text: &str) {
+            self.remarks.push(text.to_owned());
+        }
+    }
+
+    #[test]
+    fn a_job_that_is_quiet_for_longer_than_a_connection_lasts_is_followed_to_its_end() {
+        let node = FakeNode::start();
+        let client =
+            Client::new(node.url(), Some(TOKEN)).unwrap().with_silence_limit(Duration::from_millis(700));
+        let step = StepRequest { run: "echo one; sleep 2; echo two".to_owned(), ..StepRequest::default() };
+        let id = client.create_job(&JobRequest { steps: vec![step], ..JobRequest::default() }).unwrap().id;
+        let mut kept = Kept::default();
+        let job = follow(&Target { client, local: None }, &id, &mut kept).unwrap();
+        assert_eq!((kept.output.as_slice(), job.status), (b"one\ntwo\n".as_slice(), Status::Completed));
+        assert_eq!(kept.remarks, [] as [&str; 0]);
+    }
 }

@@ -24,14 +24,11 @@ pub(crate) fn jobs(options: &Jobs) -> Result<u8> {
     });
     let mut list = JobList { total_count: 0, jobs: Vec::new() };
     let limit = options.limit as usize;
-    // The same size on every page, or the pages would overlap.
-    let per_page = options.limit.min(PAGE);
-    for page in 1.. {
-        let part = client.jobs(&JobQuery { status, per_page: Some(per_page), page: Some(page) })?;
-        let last = part.jobs.len() < per_page as usize;
-        list.total_count = part.total_count;
-        list.jobs.extend(part.jobs);
-        if last || list.jobs.len() >= limit {
+    for page in client.job_pages(&JobQuery { status, per_page: Some(options.limit.min(PAGE)), page: None }) {
+        let page = page?;
+        list.total_count = page.total_count;
+        list.jobs.extend(page.jobs);
+        if list.jobs.len() >= limit {
             break;
         }
     }

@@ -99,14 +99,8 @@ pub(super) fn job_id(client: &Client, text: &str) -> Result<String> {
 /// Every job of the node, newest first.
 fn all_jobs(client: &Client) -> Result<Vec<Job>, ClientError> {
     let mut jobs = Vec::new();
-    for page in 1.. {
-        let list =
-            client.jobs(&JobQuery { per_page: Some(PAGE), page: Some(page), ..JobQuery::default() })?;
-        let last = list.jobs.len() < PAGE as usize;
-        jobs.extend(list.jobs);
-        if last {
-            break;
-        }
+    for page in client.job_pages(&JobQuery { per_page: Some(PAGE), ..JobQuery::default() }) {
+        jobs.extend(page?.jobs);
     }
     Ok(jobs)
 }
