@@ -120,6 +120,7 @@ pub(crate) struct Down {
 Exit code: the command's own (128+n when signal n killed it), or
   124  the job timed out
   125  the machine, the node or nestling failed
+  126  the command is there but cannot be executed
   127  the command was not found
   130  the job was cancelled")]
 pub(crate) struct Run {

@@ -95,6 +95,16 @@ fn a_command_killed_by_a_signal_ends_with_128_and_its_number() {
     let node = FakeNode::start();
     assert_eq!(output(&node, &["run", "--", "sh", "-c", "kill -9 $$"]).status.code(), Some(137));
     assert_eq!(output(&node, &["run", "--", "nosuchcommand"]).status.code(), Some(127));
+    assert_eq!(output(&node, &["run", "--", "/etc/passwd"]).status.code(), Some(126));
+}
+
+#[test]
+fn a_word_of_the_shell_is_no_program() {
+    let node = FakeNode::start();
+    for words in [&["exit", "3"] as &[&str], &["if", "true"], &["cd", "/"], &["A=b", "true"], &["{"]] {
+        let output = output(&node, &[&["run", "-q", "--"], words].concat());
+        assert_eq!(output.status.code(), Some(127), "{words:?}: {}", text(&output.stderr));
+    }
 }
 
 #[test]
@@ -191,6 +201,51 @@ fn a_reader_that_leaves_cancels_the_job() {
     assert_eq!(text(&output.stderr), "");
     let job = client(&node).jobs(&JobQuery::default()).unwrap().jobs.remove(0);
     assert_eq!(job.name, "yes");
+}
+
+#[test]
+fn a_reader_that_leaves_after_the_job_is_over_is_no_failure() {
+    let node = FakeNode::start();
+    let mut command = nestling(&node, &["run", "-q", "--rm", "--", "seq", "100000"]);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let client = client(&node);
+    let id = loop {
+        if let Some(job) = client.jobs(&JobQuery::default()).unwrap().jobs.pop() {
+            break job.id;
+        }
+    };
+    client.wait(&id, std::time::Duration::from_secs(60)).unwrap().unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), text(&output.stderr).as_str()), (Some(141), ""));
+    assert_eq!(client.jobs(&JobQuery::default()).unwrap().total_count, 0, "--rm holds here too");
+}
+
+#[test]
+fn ctrl_c_while_a_node_starts_ends_with_130_and_no_error() {
+    let home = tempfile::tempdir().unwrap();
+    let qemu = home.path().join("qemu-system-x86_64");
+    // Slow to start, and then it does not.
+    std::fs::write(&qemu, "#!/bin/sh\ntouch \"$XDG_STATE_HOME/started\"\nsleep 1\nexit 1\n").unwrap();
+    std::fs::set_permissions(&qemu, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    std::fs::write(home.path().join("image.tar"), "").unwrap();
+    for arguments in [&["up", "-q"] as &[&str], &["run", "-q", "--", "true"]] {
+        let started = home.path().join("started");
+        let mut child = bare(arguments)
+            .env("XDG_STATE_HOME", home.path())
+            .env("NESTLING_IMAGE", home.path().join("image.tar"))
+            .env("PATH", format!("{}:{}", home.path().display(), std::env::var("PATH").unwrap()))
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        while !started.exists() && child.try_wait().unwrap().is_none() {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        signal(&child, "-INT");
+        let output = child.wait_with_output().unwrap();
+        assert_eq!((output.status.code(), text(&output.stderr).as_str()), (Some(130), ""), "{arguments:?}");
+        std::fs::remove_file(started).unwrap();
+    }
 }
 
 #[test]

@@ -27,6 +27,10 @@ const TIMED_OUT: u8 = 124;
 const CANCELLED: u8 = 130;
 /// The shell's exit code of a process that wrote to a closed pipe.
 const BROKEN_PIPE: u8 = 141;
+/// How long a cancelled job is given to end.
+const CANCEL_PATIENCE: Duration = Duration::from_secs(10);
+/// Most letters of a job's name made from its command.
+const NAME_LENGTH: usize = 60;
 /// Memory of a node nobody gave options for.
 const NODE_MEMORY_MIB: u32 = 2048;
 /// How often a spinner's phase is asked for. Every answer takes time from an emulated node's one core.
@@ -38,14 +42,19 @@ pub(crate) fn run(options: &Run) -> Result<u8> {
     let running: Arc<Mutex<Option<(Client, String)>>> = Arc::default();
     let interrupt = Interrupt::watch({
         let running = Arc::clone(&running);
-        move || cancel(&running)
+        move || cancel_running(&running)
     })?;
     let progress = Progress::new(options.quiet);
-    let target = node(options, &interrupt, &progress)?;
+    let target = node(options, &interrupt, &progress);
     if let Some(code) = interrupt.exit_code() {
+        // What became of the node after that is no failure.
         return Ok(code);
     }
-    let job = target.client.create_job(&request)?;
+    let target = target?;
+    let job = match target.client.create_job_while(&request, || interrupt.exit_code().is_none()) {
+        Ok(job) => job,
+        Err(error) => return interrupt.exit_code().ok_or(error.into()),
+    };
     if options.detach {
         progress.finish();
         terminal::print(&format!("{}\n", job.id))?;
@@ -55,7 +64,7 @@ pub(crate) fn run(options: &Run) -> Result<u8> {
     *running.lock().unwrap_or_else(PoisonError::into_inner) = Some((target.client.clone(), job.id.clone()));
     if interrupt.exit_code().is_some() {
         // It came before there was a job to cancel.
-        cancel(&running);
+        cancel_running(&running);
     }
     let result = follow(&target, &job.id, &progress);
     // Too late to cancel.
@@ -64,14 +73,19 @@ pub(crate) fn run(options: &Run) -> Result<u8> {
     let job = match result {
         Ok(job) => job,
         Err(error) if crate::is_broken_pipe(&error) => {
-            target.client.cancel(&job.id)?;
+            cancel(&target.client, &job.id);
+            if options.rm {
+                // A job is deleted only once it is over. If it takes longer, what is said below tells the user.
+                let _ = target.client.wait(&job.id, CANCEL_PATIENCE);
+                delete(&target.client, &job.id);
+            }
             return Ok(BROKEN_PIPE);
         }
         Err(error) => return Err(error.context(format!("job {}", job.id))),
     };
     explain(&job, options.quiet);
     if options.rm {
-        target.client.delete(&job.id)?;
+        delete(&target.client, &job.id);
     }
     Ok(exit_code(&job, interrupt.exit_code()))
 }
@@ -79,7 +93,10 @@ pub(crate) fn run(options: &Run) -> Result<u8> {
 /// What the options ask the node for, with `variable` our environment.
 fn request(options: &Run, variable: impl Fn(&str) -> Option<String>) -> Result<JobRequest> {
     let words = options.command.iter().map(String::as_str);
-    let run = shlex::try_join(words).context("an argument of the command has a zero byte")?;
+    let command = shlex::try_join(words).context("an argument of the command has a zero byte")?;
+    // Else a first word such as `exit` or `if` would be the shell's and not a program's.
+    let run = format!("exec {command}");
+    let step = StepRequest { name: Some(first_line(&command)), run, ..StepRequest::default() };
     let mut env = BTreeMap::new();
     for setting in &options.env {
         let (name, value) = match setting.split_once('=') {
@@ -104,9 +121,20 @@ fn request(options: &Run, variable: impl Fn(&str) -> Option<String>) -> Result<J
         labels: options.label.clone(),
         timeout_seconds: options.timeout.map(|timeout| u32::try_from(timeout.as_secs()).unwrap_or(u32::MAX)),
         machine_config,
-        steps: vec![StepRequest { run, ..StepRequest::default() }],
+        steps: vec![step],
         env,
     })
+}
+
+/// A command's first line with something on it, cut to what fits a table.
+fn first_line(command: &str) -> String {
+    let line = command.lines().map(str::trim).find(|line| !line.is_empty()).unwrap_or_default();
+    let mut letters = printable(line).chars().collect::<Vec<char>>();
+    if letters.len() > NAME_LENGTH {
+        letters.truncate(NAME_LENGTH);
+        letters.push('…');
+    }
+    letters.into_iter().collect()
 }
 
 /// The node to run on, started when there is none.
@@ -135,15 +163,30 @@ fn node(options: &Run, interrupt: &Interrupt, progress: &Progress) -> Result<Tar
     Ok(Target::of_local(node)?)
 }
 
-fn cancel(running: &Mutex<Option<(Client, String)>>) {
+fn cancel_running(running: &Mutex<Option<(Client, String)>>) {
     let job = running.lock().unwrap_or_else(PoisonError::into_inner).clone();
     if let Some((client, id)) = job {
         terminal::say("cancelling the job; once more to leave at once");
-        if let Err(error) = client.cancel(&id) {
-            // It is over: what we wanted.
-            if error.code() != Some("job_completed") {
-                terminal::say(format_args!("the job could not be cancelled: {error}"));
-            }
+        cancel(&client, &id);
+    }
+}
+
+/// Cancels the job. That it cannot be is no failure of ours: our exit code tells of something else.
+fn cancel(client: &Client, id: &str) {
+    if let Err(error) = client.cancel(id) {
+        // It is over: what we wanted.
+        if error.code() != Some("job_completed") {
+            terminal::say(format_args!("the job {id} could not be cancelled: {error}"));
+        }
+    }
+}
+
+/// Deletes the job. That it cannot be must not hide how the job ended.
+fn delete(client: &Client, id: &str) {
+    if let Err(error) = client.delete(id) {
+        // Somebody else was first, or the node made room.
+        if error.code() != Some("job_not_found") {
+            terminal::say(format_args!("the job {id} could not be deleted: {error}"));
         }
     }
 }
@@ -276,6 +319,15 @@ mod tests {
     }
 
     #[test]
+    fn a_job_is_named_after_the_first_line_of_its_command() {
+        let name = |words: &[&str]| request_of(&[&["--"], words].concat()).unwrap().steps[0].name.clone();
+        assert_eq!(name(&["echo", "a b"]).as_deref(), Some("echo 'a b'"));
+        assert_eq!(name(&["sh", "-c", "\n\u{1b}make\nmake test"]).as_deref(), Some("sh -c '"));
+        let long = name(&[&"é".repeat(100)]).unwrap();
+        assert!(long.chars().count() == NAME_LENGTH + 1 && long.ends_with('…'), "{long}");
+    }
+
+    #[test]
     fn a_variable_without_a_value_is_taken_from_the_environment() {
         let request = request_of(&["--env", "A=b=c", "-e", "HOME", "--", "true"]).unwrap();
         assert_eq!(
@@ -289,7 +341,8 @@ mod tests {
     #[test]
     fn only_what_was_asked_for_is_sent() {
         let plain = request_of(&["--", "true"]).unwrap();
-        assert_eq!(serde_json::to_value(&plain).unwrap(), serde_json::json!({"steps": [{"run": "true"}]}));
+        let expected = serde_json::json!({"steps": [{"name": "true", "run": "exec true"}]});
+        assert_eq!(serde_json::to_value(&plain).unwrap(), expected);
         let full =
             request_of(&["--memory", "512", "--timeout", "10m", "--name", "n", "--label", "l", "--", "true"])
                 .unwrap();

@@ -13,7 +13,12 @@ use crate::terminal::{self, Progress};
 pub(crate) fn up(options: &Up) -> Result<u8> {
     let interrupt = Interrupt::watch(|| {})?;
     let progress = Progress::new(options.quiet);
-    let (node, was_up) = start(options, &interrupt, &progress)?;
+    let started = start(options, &interrupt, &progress);
+    if let (Err(_), Some(code)) = (&started, interrupt.exit_code()) {
+        // That no node is up then is no failure.
+        return Ok(code);
+    }
+    let (node, was_up) = started?;
     progress.finish();
     let already = if was_up { "already " } else { "" };
     terminal::print(&format!("node {} is {already}up at {}\n", node.name, node.url))?;
