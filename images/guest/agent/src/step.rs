@@ -4,10 +4,12 @@
 //! pipes open: they get [`GRACE`], and everything written before the shell ended is passed on in any case. They live on, so that
 //! a step can start a server for the next one; only a step that ran out of time or was cancelled takes its group along.
 
-use std::fs;
-use std::io;
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -57,7 +59,7 @@ impl Step {
         fs::create_dir_all(&settings.scripts)
             .map_err(|error| format!("cannot create {}: {error}", settings.scripts.display()))?;
         let script = settings.scripts.join(format!("step-{}.sh", request.index));
-        fs::write(&script, &request.run)
+        write_anew(&script, request.run.as_bytes())
             .map_err(|error| format!("cannot write the script to {}: {error}", script.display()))?;
         let folder =
             request.working_directory.as_ref().map_or(settings.work.as_path(), |folder| folder.as_ref());
@@ -189,6 +191,21 @@ impl Step {
         // The group may be gone already, which is what was wanted.
         let _ = killpg(self.shell, signal);
     }
+}
+
+/// Writes a file that is the agent's own, whatever an earlier step has put in its place: opening a FIFO would block PID 1, and
+/// a link would lead it elsewhere.
+fn write_anew(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(path)?
+        .write_all(bytes)
 }
 
 /// Bytes that can be read from `pipe` now.

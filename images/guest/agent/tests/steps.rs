@@ -248,6 +248,21 @@ fn names_and_folders_with_zero_bytes_fail_their_step_alone() {
 }
 
 #[test]
+fn a_step_cannot_stop_the_next_one_with_what_it_leaves_in_the_scripts_place() {
+    let mut agent = Agent::start();
+    let scripts = agent.folder.join("scripts");
+    let scripts = scripts.display();
+    std::fs::write(agent.folder.join("kept"), "kept").unwrap();
+    for leave in ["mkfifo", "ln -s ../kept", "ln -s nowhere"] {
+        let left = agent.run(&format!("rm -f {scripts}/step-1.sh; {leave} {scripts}/step-1.sh"));
+        assert_eq!(left.exit_code(), Some(0), "{}", left.stderr());
+        agent.begin(RunStep { index: 1, ..step("echo ran") });
+        assert_eq!(agent.finish().stdout(), "ran\n", "{leave}");
+    }
+    assert_eq!(std::fs::read(agent.folder.join("kept")).unwrap(), b"kept");
+}
+
+#[test]
 fn standard_input_is_empty() {
     let outcome = Agent::start().run("cat; echo end");
     assert_eq!(outcome.stdout(), "end\n");
