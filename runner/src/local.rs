@@ -76,18 +76,22 @@ pub fn start(
     dir.write_private("qemu.conf", &config).map_err(LocalError::Files)?;
 
     phase("starting QEMU");
-    let pid = launch(dir, &qemu)?;
     let mut node = LocalNode {
         name: name.to_owned(),
         url: String::new(),
         token: options.token.clone(),
-        pid,
+        pid: 0,
         qmp_socket: dir.qmp_socket(),
         bed: options.accelerator.to_string(),
         image,
         memory_mib: options.memory_mib,
     };
-    let result = await_ready(dir, &mut node, interrupted, phase);
+    // Before there is anything to record: should this process end now, `stop` still finds what it started.
+    dir.write(&node).map_err(LocalError::State)?;
+    let result = launch(dir, &qemu).and_then(|pid| {
+        node.pid = pid;
+        await_ready(dir, &mut node, interrupted, phase)
+    });
     if result.is_err() {
         // The first error is the one to tell.
         let _ = stop(dir, &node);
@@ -104,12 +108,11 @@ fn check_token(token: &str) -> Result<(), LocalError> {
 /// Starts QEMU in a session of its own and returns its process. With `-daemonize` the command ends once QEMU has taken
 /// hold of all it needs, or says what it could not.
 fn launch(dir: &NodeDir, qemu: &Qemu) -> Result<u32, LocalError> {
-    let pid_file = dir.path().join("pid");
     let output = Command::new(qemu::PROGRAM)
         .args(qemu.arguments(&dir.config()))
         .arg("-daemonize")
         .arg("-pidfile")
-        .arg(&pid_file)
+        .arg(dir.pid_file())
         .stdin(Stdio::null())
         .output();
     match output {
@@ -126,8 +129,8 @@ fn launch(dir: &NodeDir, qemu: &Qemu) -> Result<u32, LocalError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(LocalError::NoQemu),
         Err(error) => return Err(LocalError::Qemu(error.to_string())),
     }
-    let pid = fs::read_to_string(&pid_file).map_err(LocalError::Files)?;
-    pid.trim().parse().map_err(|_| LocalError::Qemu(format!("{} has no process number", pid_file.display())))
+    dir.recorded_pid()
+        .ok_or_else(|| LocalError::Qemu(format!("{} has no process number", dir.pid_file().display())))
 }
 
 /// Learns the node's port, records it and waits until it takes jobs.
@@ -166,12 +169,16 @@ fn await_ready(
 pub fn stop(dir: &NodeDir, node: &LocalNode) -> Result<bool, LocalError> {
     let ran = node.is_running();
     if ran {
-        // QEMU may end before it has answered: what counts is that it does.
-        let _ = node.qmp().and_then(|mut qmp| qmp.quit());
-        if !ends(node) {
-            kill(node)?;
+        let asked = node.qmp().and_then(|mut qmp| qmp.quit());
+        // QEMU may end before it has answered: what counts is that it does. One that is stopped does not hear.
+        let deaf = asked.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock);
+        if deaf || !ends(node) {
+            // Its number is not recorded when the command that started it was ended meanwhile.
+            let pid = Some(node.pid).filter(|&pid| pid != 0).or_else(|| dir.recorded_pid());
+            let pid = pid.ok_or(LocalError::Lost)?;
+            kill(node, pid)?;
             if !ends(node) {
-                return Err(LocalError::Stuck(node.pid));
+                return Err(LocalError::Stuck(pid));
             }
         }
     }
@@ -192,16 +199,15 @@ fn ends(node: &LocalNode) -> bool {
 }
 
 /// Kills QEMU, after making sure that its process number is still its own.
-fn kill(node: &LocalNode) -> Result<(), LocalError> {
-    let arguments =
-        fs::read(Path::new("/proc").join(node.pid.to_string()).join("cmdline")).unwrap_or_default();
+fn kill(node: &LocalNode, pid: u32) -> Result<(), LocalError> {
+    let arguments = fs::read(Path::new("/proc").join(pid.to_string()).join("cmdline")).unwrap_or_default();
     let socket = node.qmp_socket.as_os_str().as_encoded_bytes();
     if !arguments.windows(socket.len()).any(|window| window == socket) {
-        return Err(LocalError::Stuck(node.pid));
+        return Err(LocalError::Stuck(pid));
     }
     let status =
-        Command::new("kill").arg("-KILL").arg(node.pid.to_string()).status().map_err(LocalError::Files)?;
-    if status.success() { Ok(()) } else { Err(LocalError::Stuck(node.pid)) }
+        Command::new("kill").arg("-KILL").arg(pid.to_string()).status().map_err(LocalError::Files)?;
+    if status.success() { Ok(()) } else { Err(LocalError::Stuck(pid)) }
 }
 
 /// Why a node on this computer could not be started or stopped.
@@ -234,6 +240,8 @@ pub enum LocalError {
     },
     /// This process does not end.
     Stuck(u32),
+    /// A process that does not end and is not known.
+    Lost,
 }
 
 impl fmt::Display for LocalError {
@@ -257,6 +265,9 @@ impl fmt::Display for LocalError {
             LocalError::Client(error) => error.fmt(f),
             LocalError::NotReady { error, log } => {
                 write!(f, "{error}\nthe whole log is in {}", log.display())
+            }
+            LocalError::Lost => {
+                f.write_str("QEMU does not end; end it with `kill -KILL`, once you have found it in the output of `ps -ef`")
             }
             LocalError::Stuck(pid) => {
                 write!(f, "QEMU (process {pid}) does not end; end it with `kill -KILL {pid}`")

@@ -3,12 +3,35 @@
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use serde_json::{Value, json};
 
 /// Longest line taken from QEMU.
 const MAX_LINE: u64 = 1 << 20;
+
+/// How long QEMU may take to accept a connection, and for each answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How often a connection is tried meanwhile.
+const INTERVAL: Duration = Duration::from_millis(20);
+
+/// Whether a process listens on the socket. It may be stopped, or too busy to accept: this never waits for it.
+pub fn is_listened_on(socket: &Path) -> bool {
+    matches!(try_connect(socket), Ok(_) | Err(Errno::AGAIN))
+}
+
+/// A connection in blocking mode, without waiting for it: [`Errno::AGAIN`] while as many wait as the listener lets.
+fn try_connect(path: &Path) -> Result<UnixStream, Errno> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    connect(&socket, &SocketAddrUnix::new(path)?)?;
+    let stream = UnixStream::from(socket);
+    stream.set_nonblocking(false).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+    Ok(stream)
+}
 
 /// A connection to a QEMU, ready for commands. QEMU serves one at a time.
 #[derive(Debug)]
@@ -21,11 +44,23 @@ impl Qmp {
     /// Connects and gets past the greeting.
     ///
     /// # Errors
-    /// When nothing listens there, or what does is not QEMU, or says nothing for 10 s.
+    /// When nothing listens there, or what does is not QEMU, or neither accepts nor says anything for 10 s: then the kind is
+    /// [`io::ErrorKind::WouldBlock`].
     pub fn connect(socket: &Path) -> io::Result<Qmp> {
-        let stream = UnixStream::connect(socket)?;
-        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-        stream.set_write_timeout(Some(Duration::from_secs(10)))?;
+        Qmp::connect_within(socket, PATIENCE)
+    }
+
+    fn connect_within(socket: &Path, patience: Duration) -> io::Result<Qmp> {
+        let start = Instant::now();
+        let stream = loop {
+            match try_connect(socket) {
+                Ok(stream) => break stream,
+                Err(Errno::AGAIN) if start.elapsed() < patience => thread::sleep(INTERVAL),
+                Err(error) => return Err(error.into()),
+            }
+        };
+        stream.set_read_timeout(Some(patience))?;
+        stream.set_write_timeout(Some(patience))?;
         let mut qmp = Qmp { reader: BufReader::new(stream.try_clone()?), stream };
         if qmp.line()?.get("QMP").is_none() {
             return Err(invalid("no QMP greeting"));
@@ -154,6 +189,32 @@ mod tests {
             let (_dir, path) = play(Box::leak(words.to_vec().into_boxed_slice()));
             assert!(Qmp::connect(&path).is_err(), "{words:?}");
         }
+    }
+
+    #[test]
+    fn a_qemu_that_is_stopped_listens_and_is_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("qmp");
+        assert!(!is_listened_on(&path));
+        let listener = UnixListener::bind(&path).unwrap();
+        // As QEMU does: a stopped one soon has as many waiting as it lets.
+        rustix::net::listen(&listener, 1).unwrap();
+        let patience = Duration::from_millis(50);
+        let silent = Qmp::connect_within(&path, patience).unwrap_err();
+        assert_eq!(silent.kind(), io::ErrorKind::WouldBlock, "{silent}");
+        let mut waiting = Vec::new();
+        let full = loop {
+            match try_connect(&path) {
+                Ok(stream) => waiting.push(stream),
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(full, Errno::AGAIN);
+        assert!(is_listened_on(&path));
+        let full = Qmp::connect_within(&path, patience).unwrap_err();
+        assert_eq!(full.kind(), io::ErrorKind::WouldBlock, "{full}");
+        drop(listener);
+        assert!(!is_listened_on(&path));
     }
 
     #[test]

@@ -6,12 +6,11 @@ use std::fmt;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::qmp::Qmp;
+use crate::qmp::{self, Qmp};
 
 /// The node commands mean when nobody names one.
 pub const DEFAULT_NODE: &str = "local";
@@ -26,11 +25,11 @@ const MAX_SOCKET_PATH: usize = 107;
 pub struct LocalNode {
     /// Its name here.
     pub name: String,
-    /// Its URL, without a slash at its end.
+    /// Its URL, without a slash at its end; empty as long as its port is not known.
     pub url: String,
     /// The token it asks for; none when it asks for none.
     pub token: Option<String>,
-    /// QEMU's process.
+    /// QEMU's process; 0 as long as it is not known.
     pub pid: u32,
     /// QEMU's control socket.
     pub qmp_socket: PathBuf,
@@ -45,7 +44,7 @@ pub struct LocalNode {
 impl LocalNode {
     /// Whether its QEMU still runs: it listens on its control socket until it ends.
     pub fn is_running(&self) -> bool {
-        UnixStream::connect(&self.qmp_socket).is_ok()
+        qmp::is_listened_on(&self.qmp_socket)
     }
 
     /// A connection to its QEMU.
@@ -162,9 +161,12 @@ impl NodeDir {
     /// Forgets the node; its logs stay until it is started again.
     ///
     /// # Errors
-    /// When the files cannot be removed.
+    /// When its QEMU still runs, or the files cannot be removed.
     pub fn forget(&self) -> Result<(), StateError> {
-        for path in [self.record(), self.config(), self.kernel(), self.qmp_socket(), self.path.join("pid")] {
+        if qmp::is_listened_on(&self.qmp_socket()) {
+            return Err(StateError::Running { path: self.path.clone(), pid: self.recorded_pid() });
+        }
+        for path in [self.record(), self.config(), self.kernel(), self.qmp_socket(), self.pid_file()] {
             match fs::remove_file(path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(self.failed(error)),
                 _ => {}
@@ -199,6 +201,16 @@ impl NodeDir {
     /// The node's kernel.
     pub fn kernel(&self) -> PathBuf {
         self.path.join("kernel.elf")
+    }
+
+    /// The file QEMU writes its process number to.
+    pub fn pid_file(&self) -> PathBuf {
+        self.path.join("pid")
+    }
+
+    /// The process number in that file.
+    pub fn recorded_pid(&self) -> Option<u32> {
+        fs::read_to_string(self.pid_file()).ok()?.trim().parse().ok()
     }
 
     /// QEMU's configuration file, which has the token.
@@ -243,6 +255,13 @@ pub enum StateError {
         /// What went wrong in it.
         error: io::Error,
     },
+    /// A QEMU without a record.
+    Running {
+        /// The node's directory.
+        path: PathBuf,
+        /// Its process, if that is known.
+        pid: Option<u32>,
+    },
 }
 
 impl fmt::Display for StateError {
@@ -256,6 +275,13 @@ impl fmt::Display for StateError {
                 "{name:?} cannot be a node's name; give lower-case letters, digits and dashes, at most {MAX_NAME}, the \
                  first no dash"
             ),
+            StateError::Running { path, pid } => {
+                write!(f, "a QEMU started from {} still runs; end it with ", path.display())?;
+                match pid {
+                    Some(pid) => write!(f, "`kill {pid}`"),
+                    None => write!(f, "`kill`, once you have found it in the output of `ps -ef`"),
+                }
+            }
             StateError::Files { path, error } => write!(f, "the node's files in {}: {error}", path.display()),
         }
     }
@@ -311,6 +337,20 @@ mod tests {
         assert_eq!(state.running(), [node(&dir)]);
         drop(listener);
         assert!(state.running().is_empty());
+    }
+
+    #[test]
+    fn a_node_that_runs_is_not_forgotten() {
+        let home = tempfile::tempdir().unwrap();
+        let dir = State::at(home.path()).node("local").unwrap();
+        let _lock = dir.lock().unwrap();
+        let listener = UnixListener::bind(dir.qmp_socket()).unwrap();
+        fs::write(dir.pid_file(), "4711\n").unwrap();
+        let error = dir.forget().unwrap_err().to_string();
+        assert!(error.contains("still runs") && error.contains("`kill 4711`"), "{error}");
+        drop(listener);
+        dir.forget().unwrap();
+        assert!(!dir.pid_file().exists() && !dir.qmp_socket().exists());
     }
 
     #[test]

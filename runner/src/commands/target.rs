@@ -23,7 +23,14 @@ pub(super) struct Target {
 }
 
 impl Target {
-    pub(super) fn of_local(node: LocalNode) -> Result<Target, ClientError> {
+    pub(super) fn of_local(node: LocalNode) -> Result<Target> {
+        if node.url.is_empty() {
+            bail!(
+                "the node {} is still starting; try again, or, if the command that started it is gone, start it anew with \
+                 `nestling up --name {0}`",
+                node.name
+            );
+        }
         let client = Client::new(&node.url, node.token.as_deref())?;
         Ok(Target { client, local: Some(node) })
     }
@@ -45,7 +52,12 @@ pub(super) fn find(options: &NodeOptions) -> Result<Option<Target>> {
             })?;
             Ok(Some(Target::of_local(node)?))
         }
-        None => choose(State::of_user()?.running())?.map(Target::of_local).transpose().map_err(Into::into),
+        None => {
+            // One that is still starting has no URL yet: `up`, which `run` goes through, waits for it.
+            let mut running = State::of_user()?.running();
+            running.retain(|node| !node.url.is_empty());
+            choose(running)?.map(Target::of_local).transpose()
+        }
     }
 }
 

@@ -38,7 +38,11 @@ pub(super) fn start(options: &Up, interrupt: &Interrupt, progress: &Progress) ->
     let _lock = dir.lock()?;
     // A record that cannot be read is written anew; what it tells of cannot be found again.
     if let Some(node) = dir.read().unwrap_or(None).filter(LocalNode::is_running) {
-        return Ok((node, true));
+        if !node.url.is_empty() {
+            return Ok((node, true));
+        }
+        // The command that started it was ended meanwhile: we have the lock.
+        local::stop(&dir, &node)?;
     }
     let (accelerator, reason) = choose(options.bed, &HostFacts::read())?;
     progress.say(&format!("starting node {} in {accelerator}: {reason}", options.name));
