@@ -14,6 +14,8 @@ use core::fmt;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::json;
+
 /// The node's address on a machine's vsock (fixed by the virtio specification, 5.10.4).
 pub const HOST_CID: u32 = 2;
 /// The guest's address on its vsock. Every machine has the same: machines cannot see each other.
@@ -241,11 +243,11 @@ fn encode_json<T: Serialize>(kind: Kind, message: &T) -> Result<Vec<u8>, Protoco
 }
 
 fn decode_json<T: DeserializeOwned>(frame: &Frame) -> Result<T, ProtocolError> {
-    serde_json::from_slice(&frame.payload).map_err(|error| malformed(frame.kind, &error))
+    json::from_slice(&frame.payload).map_err(|error| malformed(frame.kind, &error))
 }
 
-fn malformed(kind: Kind, error: &serde_json::Error) -> ProtocolError {
-    ProtocolError::Malformed { kind, message: alloc::format!("{error}") }
+fn malformed(kind: Kind, error: &impl fmt::Display) -> ProtocolError {
+    ProtocolError::Malformed { kind, message: json::short(error, json::MAX_MESSAGE) }
 }
 
 impl HostMessage {

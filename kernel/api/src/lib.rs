@@ -14,12 +14,14 @@ extern crate alloc;
 extern crate std;
 
 pub mod agent;
+mod bounded;
 mod budget;
 mod config;
 pub mod error;
 mod handlers;
 pub mod http;
 pub mod jobs;
+mod json;
 pub mod log;
 pub mod multiplex;
 mod node;

@@ -10,6 +10,8 @@ use alloc::vec::Vec;
 
 use serde::{Deserialize, Serialize};
 
+use crate::bounded;
+
 /// `POST /v1/jobs`: what a user asks for.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -21,7 +23,7 @@ pub struct JobRequest {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<String>,
     /// Labels for people and schedulers, at most 100.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, deserialize_with = "bounded::list", skip_serializing_if = "Vec::is_empty")]
     pub labels: Vec<String>,
     /// Seconds the job may run once started, 1..=86400; default: 3600.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -30,9 +32,10 @@ pub struct JobRequest {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub machine_config: Option<MachineConfig>,
     /// What to run, in order, 1..=100 steps.
+    #[serde(deserialize_with = "bounded::list")]
     pub steps: Vec<StepRequest>,
     /// Environment of every step.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(default, deserialize_with = "bounded::env", skip_serializing_if = "BTreeMap::is_empty")]
     pub env: BTreeMap<String, String>,
 }
 
@@ -43,7 +46,7 @@ pub struct MachineConfig {
     /// Virtual CPUs; this release has machines of one.
     #[serde(default = "one")]
     pub vcpu_count: u32,
-    /// Memory in MiB, 64 up to the node's limit.
+    /// Memory in MiB, even, 64 up to the node's limit.
     #[serde(default = "default_mem_size_mib")]
     pub mem_size_mib: u32,
 }
@@ -72,7 +75,7 @@ pub struct StepRequest {
     /// The shell script, run by `sh -e`, at most 256 KiB.
     pub run: String,
     /// Environment of this step, over the job's.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(default, deserialize_with = "bounded::env", skip_serializing_if = "BTreeMap::is_empty")]
     pub env: BTreeMap<String, String>,
     /// Seconds this step may run, 1..=86400; default: as long as the job.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -39,10 +39,12 @@ pub(super) struct Record {
     pub(super) weight: usize,
 }
 
-/// What one entry of a map or a vector costs besides its strings, roughly.
-const ENTRY_OVERHEAD: usize = 64;
-/// What a job costs besides its strings, roughly.
-const JOB_OVERHEAD: usize = 1024;
+/// What one entry of a map costs besides its contents: its share of a node that may be little more than half empty.
+const ENTRY_OVERHEAD: usize = 4 * size_of::<String>();
+/// What a job costs besides itself and its strings: its places in the store's tables, its times, its machine's figures.
+const JOB_OVERHEAD: usize = size_of::<Record>() + 1024;
+/// A step's two times.
+const STEP_TIMES: usize = 2 * 32;
 
 impl Record {
     pub(super) fn new(id: JobId, plan: Plan, idempotency_key: Option<String>, now: Clock) -> Self {
@@ -97,11 +99,18 @@ impl Record {
         let env = |env: &BTreeMap<String, String>| -> usize {
             env.iter().map(|(name, value)| name.len() + value.len() + ENTRY_OVERHEAD).sum()
         };
+        let text = |text: &Option<String>| text.as_ref().map_or(0, String::len);
         let job = &self.job;
-        let names = job.name.len() + job.image.len() + job.console.as_ref().map_or(0, String::len);
-        let labels: usize = job.labels.iter().map(|label| label.len() + ENTRY_OVERHEAD).sum();
-        let steps: usize = job.steps.iter().map(|step| step.name.len() + 2 * ENTRY_OVERHEAD).sum();
-        let scripts: usize = self.script.steps.iter().map(|step| step.run.len() + env(&step.env)).sum();
+        let names = job.name.len() + job.image.len() + text(&job.console) + text(&job.failure_reason);
+        let labels: usize = job.labels.iter().map(|label| label.len() + size_of::<String>()).sum();
+        let steps: usize =
+            job.steps.iter().map(|step| step.name.len() + size_of::<Step>() + STEP_TIMES).sum();
+        let scripts = self
+            .script
+            .steps
+            .iter()
+            .map(|step| size_of::<StepRequest>() + text(&step.name) + step.run.len() + env(&step.env));
+        let scripts: usize = scripts.sum();
         let key = self.idempotency_key.as_ref().map_or(0, |key| 2 * key.len() + ENTRY_OVERHEAD);
         JOB_OVERHEAD + names + labels + steps + scripts + env(&self.script.env) + key
     }

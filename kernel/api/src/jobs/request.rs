@@ -4,11 +4,14 @@ use alloc::collections::BTreeMap;
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
+use core::fmt;
 
-use serde_json::error::Category;
+use serde::de::IgnoredAny;
 
 use crate::agent;
+use crate::bounded;
 use crate::error::{ApiError, ErrorCode};
+use crate::json;
 use crate::types::{FieldError, Image, JobRequest, MachineConfig, StepRequest};
 
 /// Most bytes of a name.
@@ -16,17 +19,19 @@ pub const MAX_NAME: usize = 256;
 /// Most bytes of a step's script.
 pub const MAX_RUN: usize = 256 * 1024;
 /// Most steps of a job.
-pub const MAX_STEPS: usize = 100;
+pub const MAX_STEPS: usize = bounded::MAX_LIST;
 /// Most labels of a job, and most bytes of one.
-pub const MAX_LABELS: usize = 100;
+pub const MAX_LABELS: usize = bounded::MAX_LIST;
 /// Most variables of one environment.
-pub const MAX_ENV: usize = 256;
+pub const MAX_ENV: usize = bounded::MAX_ENV;
 /// Most bytes of a variable's value: what Linux takes for one string (`MAX_ARG_STRLEN`) with room for the name.
 pub const MAX_ENV_VALUE: usize = 127 * 1024;
 /// Longest time a job or a step may ask for: a day.
 pub const MAX_TIMEOUT_SECONDS: u32 = 86_400;
 /// Smallest machine, in MiB.
 pub const MIN_MEMORY_MIB: u32 = 64;
+/// A machine's memory is a multiple of this, in MiB: it is made of large pages.
+pub const MEMORY_STEP_MIB: u32 = 2;
 /// Most wrong fields named in one answer.
 const MAX_ERRORS: usize = 20;
 /// What a [`agent::RunStep`] takes on the wire besides its strings, rounded up.
@@ -59,21 +64,17 @@ pub struct Plan {
 /// # Errors
 /// [`ErrorCode::InvalidJson`] with line and column, or [`ErrorCode::ValidationFailed`] with the field's path.
 pub fn parse(body: &[u8]) -> Result<JobRequest, ApiError> {
-    let mut json = serde_json::Deserializer::from_slice(body);
-    let request = match serde_path_to_error::deserialize(&mut json) {
-        Ok(request) => request,
-        Err(error) if is_object(body) || error.inner().classify() != Category::Data => {
-            return Err(parse_error(&error.path().to_string(), error.inner()));
-        }
-        Err(_) => return Err(not_an_object()),
+    let not_json = |what: &dyn fmt::Display| {
+        ApiError::new(ErrorCode::InvalidJson, format!("the body is not valid JSON: {what}"))
     };
-    json.end().map_err(|error| parse_error("", &error))?;
+    core::str::from_utf8(body).map_err(|error| not_json(&error))?;
+    // Once to see that it is JSON at all, without keeping any of it.
+    serde_json::from_slice::<IgnoredAny>(body).map_err(|error| not_json(&error))?;
     // An array of values in the right order would pass for a struct.
-    if is_object(body) { Ok(request) } else { Err(not_an_object()) }
-}
-
-fn is_object(body: &[u8]) -> bool {
-    body.trim_ascii_start().first() == Some(&b'{')
+    if body.trim_ascii_start().first() != Some(&b'{') {
+        return Err(not_an_object());
+    }
+    json::from_slice_with_path(body).map_err(|(path, error)| wrong_field(&path, error.to_string()))
 }
 
 fn not_an_object() -> ApiError {
@@ -82,12 +83,8 @@ fn not_an_object() -> ApiError {
     ApiError::validation(Vec::from([FieldError { field: String::new(), message }]))
 }
 
-fn parse_error(path: &str, error: &serde_json::Error) -> ApiError {
-    if error.classify() != Category::Data {
-        return ApiError::new(ErrorCode::InvalidJson, format!("the body is not valid JSON: {error}"));
-    }
+fn wrong_field(path: &str, message: String) -> ApiError {
     // The parser names an unknown or missing field in its message only.
-    let message = error.to_string();
     let named = message.split('`').nth(1).filter(|_| {
         ["unknown field", "missing field", "duplicate field"].iter().any(|start| message.starts_with(start))
     });
@@ -228,6 +225,9 @@ impl Check {
         if memory < MIN_MEMORY_MIB {
             let message = format!("is {memory}; a machine needs at least {MIN_MEMORY_MIB} MiB");
             self.add("machine_config.mem_size_mib", message);
+        } else if !memory.is_multiple_of(MEMORY_STEP_MIB) {
+            let message = format!("is {memory}; give a multiple of {MEMORY_STEP_MIB} MiB");
+            self.add("machine_config.mem_size_mib", message);
         } else if memory > max_memory_mib {
             let message = format!("is {memory}; this node has {max_memory_mib} MiB for a machine at most");
             self.add("machine_config.mem_size_mib", message);
@@ -358,6 +358,44 @@ mod tests {
     }
 
     #[test]
+    fn a_long_string_in_the_wrong_place_makes_a_short_error() {
+        let long = "\u{7f}".repeat(1 << 20);
+        for body in [
+            format!("{{\"timeout_seconds\":\"{long}\"}}"),
+            format!("{{\"{long}\":1}}"),
+            format!("{{\"steps\":\"{long}\"}}"),
+            format!("{{\"steps\":[{{\"run\":\"a\",\"if\":\"{long}\"}}]}}"),
+            format!("{{\"env\":{{\"{long}\":1}}}}"),
+            format!("\"{long}\""),
+        ] {
+            let error = parse(body.as_bytes()).unwrap_err();
+            assert_eq!(error.code, ErrorCode::ValidationFailed);
+            let field = &error.errors[0];
+            assert!(
+                error.message.len() + field.field.len() + field.message.len() < 4096,
+                "{}",
+                error.message
+            );
+        }
+    }
+
+    #[test]
+    fn reading_ends_where_a_list_has_too_many_entries() {
+        let many = |entry: &str| vec![entry; 90_000].join(",");
+        let (steps, labels) = (many("{\"run\":\"\"}"), many("\"\""));
+        let env = (0..90_000).map(|n| format!("\"V{n}\":\"\"")).collect::<Vec<_>>().join(",");
+        for (body, field) in [
+            (format!("{{\"steps\":[{steps}]}}"), "steps"),
+            (format!("{{\"labels\":[{labels}]}}"), "labels"),
+            (format!("{{\"env\":{{{env}}}}}"), "env"),
+        ] {
+            let error = parse(body.as_bytes()).unwrap_err();
+            assert_eq!(error.errors[0].field, field, "{error:?}");
+            assert!(error.message.contains("too many entries; at most"), "{error:?}");
+        }
+    }
+
+    #[test]
     fn json_nested_without_end_is_refused() {
         let deep = [b"{\"steps\":".as_slice(), &[b'['; 100_000]].concat();
         assert!(parse(&deep).is_err());
@@ -444,7 +482,12 @@ mod tests {
                 "at least 64",
             ),
             (
-                json!({"steps": [step], "machine_config": {"mem_size_mib": 1025}}),
+                json!({"steps": [step], "machine_config": {"mem_size_mib": 255}}),
+                "machine_config.mem_size_mib",
+                "is 255; give a multiple of 2 MiB",
+            ),
+            (
+                json!({"steps": [step], "machine_config": {"mem_size_mib": 1026}}),
                 "machine_config.mem_size_mib",
                 "1024 MiB for a machine at most",
             ),

@@ -9,6 +9,7 @@ use alloc::vec::Vec;
 
 use super::record::Record;
 use crate::agent::{AgentMessage, Decoder, HostMessage, PROTOCOL, RunStep, StepCompleted};
+use crate::json::short;
 use crate::log::Stream;
 use crate::time::{Clock, SECOND, rfc3339};
 use crate::types::{Conclusion, Condition, Status, StepConclusion};
@@ -25,6 +26,8 @@ const STEP_BACKSTOP_NS: u64 = 15 * SECOND;
 const HANG_UP_NS: u64 = 2 * SECOND;
 /// Bytes from the agent that are taken at once. More than a frame, so that a frame always gets through.
 pub(super) const WINDOW: usize = 128 * 1024;
+/// Linux's signals end here (`SIGRTMAX`).
+const LAST_SIGNAL: i32 = 64;
 /// Most bytes kept of a message the agent wrote.
 const MAX_MESSAGE: usize = 1024;
 
@@ -200,7 +203,7 @@ impl Record {
                 self.step_completed(index, said, now);
             }
             (AgentMessage::Failure(failure), _) => {
-                let message = shorten(&failure.message);
+                let message = short(&failure.message, MAX_MESSAGE);
                 let place = self.place();
                 self.system_failure(format!("the agent gave up{place}: {message}"));
             }
@@ -242,7 +245,14 @@ impl Record {
 
     fn step_completed(&mut self, index: usize, said: StepCompleted, now: Clock) {
         let timeout = self.script.steps.get(index).and_then(|step| step.timeout_seconds);
+        if said.timed_out && timeout.is_none() {
+            return self.protocol_broken("a StepCompleted with timed_out for a step without timeout_seconds");
+        }
         let code = match (said.exit_code, said.signal) {
+            (_, Some(signal)) if !(1..=LAST_SIGNAL).contains(&signal) => {
+                let what = format!("a StepCompleted with signal {signal}; there are 1 to {LAST_SIGNAL}");
+                return self.protocol_broken(&what);
+            }
             (_, Some(signal)) => signal.saturating_add(128),
             (Some(code), None) => code,
             (None, None) => return self.protocol_broken("a StepCompleted with neither exit_code nor signal"),
@@ -398,7 +408,7 @@ impl Record {
 
     fn protocol_broken(&mut self, what: &str) {
         let place = self.place();
-        self.system_failure(format!("the agent broke its protocol{place}: {what}"));
+        self.system_failure(format!("the agent broke its protocol{place}: {}", short(&what, MAX_MESSAGE)));
     }
 
     fn system_failure(&mut self, reason: String) {
@@ -423,14 +433,6 @@ impl Record {
 }
 
 pub(super) const CANCELLED: &str = "cancelled through the API";
-
-fn shorten(message: &str) -> String {
-    let mut end = message.len().min(MAX_MESSAGE);
-    while !message.is_char_boundary(end) {
-        end = end.saturating_sub(1);
-    }
-    message.get(..end).unwrap_or_default().to_string()
-}
 
 fn signal_name(signal: i32) -> &'static str {
     match signal {

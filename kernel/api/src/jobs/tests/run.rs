@@ -96,13 +96,41 @@ fn a_signal_becomes_128_and_its_number() {
 }
 
 #[test]
-fn a_signal_beyond_all_numbers_does_not_overflow() {
+fn a_signal_that_does_not_exist_or_a_timeout_nobody_set_is_no_result() {
+    let said = |signal, timed_out| StepCompleted { index: 0, exit_code: Some(0), signal, timed_out };
+    for (said, words) in [
+        (said(Some(-128), false), "signal -128"),
+        (said(Some(0), false), "signal 0"),
+        (said(Some(65), false), "signal 65"),
+        (said(Some(i32::MAX), false), "signal 2147483647"),
+        (said(None, true), "without timeout_seconds"),
+    ] {
+        let mut jobs = store();
+        let job = begin(&mut jobs, 1, steps(vec![step("a")]), at(0));
+        say(&mut jobs, job, &started(0), at(0));
+        say(&mut jobs, job, &AgentMessage::StepCompleted(said), at(0));
+        let done = finish(&mut jobs, job, at(0));
+        assert_eq!((done.conclusion, done.exit_code), (Some(Conclusion::SystemFailure), None));
+        assert!(done.failure_reason.as_deref().unwrap().contains(words), "{done:?}");
+    }
+}
+
+#[test]
+fn rubbish_of_any_length_makes_a_short_reason_that_is_counted() {
     let mut jobs = store();
     let job = begin(&mut jobs, 1, steps(vec![step("a")]), at(0));
     say(&mut jobs, job, &started(0), at(0));
-    let killed = StepCompleted { index: 0, exit_code: None, signal: Some(i32::MAX), timed_out: false };
-    say(&mut jobs, job, &AgentMessage::StepCompleted(killed), at(0));
-    assert_eq!(finish(&mut jobs, job, at(0)).exit_code, Some(i32::MAX));
+    let payload = format!("{{\"index\":\"{}\"}}", "\u{7f}".repeat(60_000));
+    jobs.receive(
+        job,
+        &crate::agent::encode(crate::agent::Kind::StepCompleted, payload.as_bytes()).unwrap(),
+        at(0),
+    );
+    let reason = finish(&mut jobs, job, at(0)).failure_reason.unwrap();
+    assert!(reason.contains("malformed StepCompleted") && reason.len() < 1200, "{reason}");
+    let record = jobs.jobs.get_mut(&job).unwrap();
+    record.job.failure_reason = None;
+    assert_eq!(record.weight, record.weigh() + reason.len());
 }
 
 #[test]
