@@ -138,20 +138,25 @@ impl JobStore {
 
     /// Drops completed jobs, oldest first, until the descriptions of all have room for one more.
     fn make_room_for(&mut self, weight: usize) -> Result<(), ApiError> {
-        loop {
-            let total = self.jobs.values().fold(weight, |total, record| total.saturating_add(record.weight));
-            if total <= self.limits.jobs_total_bytes {
-                return Ok(());
+        let total = self.jobs.values().fold(weight, |total, record| total.saturating_add(record.weight));
+        let Some(mut excess) = total.checked_sub(self.limits.jobs_total_bytes) else { return Ok(()) };
+        let mut in_the_way = 0_usize;
+        for id in &self.completed {
+            if excess == 0 {
+                break;
             }
-            match self.completed.front().copied() {
-                Some(oldest) => self.remove(oldest),
-                None => {
-                    return Err(queue_full(
-                        "the descriptions of queued jobs take all the memory there is for them",
-                    ));
-                }
-            }
+            excess = excess.saturating_sub(self.jobs.get(id).map_or(0, |record| record.weight));
+            in_the_way = in_the_way.saturating_add(1);
         }
+        // Nothing is dropped for a job that is refused all the same.
+        if excess > 0 {
+            return Err(queue_full("the descriptions of queued jobs take all the memory there is for them"));
+        }
+        for _ in 0..in_the_way {
+            let Some(oldest) = self.completed.front().copied() else { break };
+            self.remove(oldest);
+        }
+        Ok(())
     }
 
     /// How many jobs there are, of this status or all.

@@ -82,7 +82,7 @@ fn a_full_queue_refuses_more() {
 
 #[test]
 fn big_descriptions_push_out_completed_jobs_and_then_are_refused() {
-    let mut jobs = JobStore::new(Limits { jobs_total_bytes: 23_000, ..Limits::default() });
+    let mut jobs = JobStore::new(Limits { jobs_total_bytes: 26_000, ..Limits::default() });
     let big = || steps(vec![step(&"x".repeat(10_000))]);
     let first = create(&mut jobs, 1, big(), at(0));
     jobs.cancel(first, at(0)).unwrap();
@@ -93,6 +93,17 @@ fn big_descriptions_push_out_completed_jobs_and_then_are_refused() {
     let image = crate::types::Image { name: "minimal".into(), ..Default::default() };
     let plan = request::plan(big(), &[image], 1024).unwrap();
     assert_eq!(jobs.create(id(4), plan, None, at(0)).unwrap_err().code, ErrorCode::QueueFull);
+}
+
+#[test]
+fn a_job_that_is_refused_pushes_nothing_out() {
+    let mut jobs = JobStore::new(Limits { jobs_total_bytes: 23_000, ..Limits::default() });
+    let first = create(&mut jobs, 1, steps(vec![step("a")]), at(0));
+    jobs.cancel(first, at(0)).unwrap();
+    let image = crate::types::Image { name: "minimal".into(), ..Default::default() };
+    let plan = request::plan(steps(vec![step(&"x".repeat(30_000))]), &[image], 1024).unwrap();
+    assert_eq!(jobs.create(id(2), plan, None, at(0)).unwrap_err().code, ErrorCode::QueueFull);
+    assert!(jobs.get(first).is_ok());
 }
 
 #[test]
