@@ -14,13 +14,14 @@ use super::reader::Follower;
 use super::record::Record;
 use super::run::{Run, WINDOW};
 use super::{JobId, JobStore};
+use crate::agent::{HEADER_LEN, MAX_PAYLOAD};
 use crate::time::{Clock, rfc3339};
 use crate::types::{Conclusion, MachineConfig, Status};
 
 /// Bytes of console kept with a job that lost its machine.
 const MAX_CONSOLE: usize = 4096;
 /// Below this room for output the agent is held back altogether.
-const LEAST_ROOM: usize = 4096;
+const LEAST_ROOM: usize = MAX_PAYLOAD + HEADER_LEN;
 
 /// The job that is next.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -127,8 +128,10 @@ impl JobStore {
         for follower in lagging(record, now) {
             let kept = record.log.memory_from(follower);
             // A byte on the wire takes up to three in the log when the streams alternate, and vectors grow by doubling.
+            // What the decoder keeps enters the log whole once its frame is complete, so a frame's room is kept free.
             let room = self.limits.log_bytes.saturating_sub(kept) / 4;
-            capacity = capacity.min(if room < LEAST_ROOM { 0 } else { room });
+            let room = if room < LEAST_ROOM { 0 } else { room.saturating_sub(run.decoder.buffered()) };
+            capacity = capacity.min(room);
         }
         capacity
     }
