@@ -8,7 +8,7 @@ use crate::error::{ApiError, ErrorCode};
 use crate::handlers;
 use crate::http::{Head, Method, Response};
 use crate::jobs::{JobId, not_found};
-use crate::{Api, Clock, Node};
+use crate::{Api, Clock, Limits, Node};
 
 /// What a request is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,6 +25,13 @@ pub(crate) enum Route {
     DeleteJob(JobId),
     JobLogs(JobId),
     CancelJob(JobId),
+}
+
+impl Route {
+    /// Most bytes of its request's body. Only a new job has one.
+    pub(crate) fn body_limit(self, limits: &Limits) -> usize {
+        if self == Self::CreateJob { limits.body_bytes } else { 0 }
+    }
 }
 
 /// A path of the API, as in `/openapi.json`. HEAD goes wherever GET goes.

@@ -74,7 +74,11 @@ impl Incoming {
 }
 
 pub(super) fn too_large(limit: usize) -> ApiError {
-    ApiError::new(ErrorCode::BodyTooLarge, format!("a request's body may have {limit} bytes at most"))
+    let message = match limit {
+        0 => "this request takes no body; send it without one".into(),
+        limit => format!("a request's body may have {limit} bytes at most"),
+    };
+    ApiError::new(ErrorCode::BodyTooLarge, message)
 }
 
 pub(super) fn overloaded() -> ApiError {

@@ -318,10 +318,13 @@ impl Connection {
             }
         };
         self.rx.drain(..len.min(self.rx.len()));
-        let (limit, is_1_1) = (api.config.limits.body_bytes, head.is_1_1);
-        let route = router::admit(api, &head).and_then(|route| match head.body {
-            BodyLength::Known(len) if len > limit as u64 => Err(too_large(limit)),
-            _ => Ok(route),
+        let is_1_1 = head.is_1_1;
+        let route = router::admit(api, &head).and_then(|route| {
+            let limit = route.body_limit(&api.config.limits);
+            match head.body {
+                BodyLength::Known(len) if len > limit as u64 => Err(too_large(limit)),
+                _ => Ok(route),
+            }
         });
         match (route, head.body) {
             (Ok(route), BodyLength::Known(0)) => self.answer(api, node, &head, &route, &[], now),
@@ -350,7 +353,7 @@ impl Connection {
 
     fn read_body(&mut self, api: &mut Api, node: &mut dyn Node, now: Clock) -> bool {
         let State::Body(incoming) = &mut self.state else { return false };
-        let limit = api.config.limits.body_bytes;
+        let limit = incoming.route.body_limit(&api.config.limits);
         let mut used = 0_usize;
         let result = loop {
             let rest = self.rx.get(used..).unwrap_or_default();

@@ -34,6 +34,34 @@ fn a_body_that_is_too_large_is_refused_and_the_peer_has_time_to_read_why() {
 }
 
 #[test]
+fn only_a_new_job_has_a_body_and_no_other_request_gets_memory_for_one() {
+    let auth = format!("Authorization: Bearer {TOKEN}\r\n");
+    for (request, auth) in [
+        ("GET /healthz", ""),
+        ("GET /openapi.json", ""),
+        ("GET /v1/jobs", &auth),
+        ("POST /v1/jobs/0123456789abcdef0123456789abcdef/cancel", &auth),
+    ] {
+        for (length, body) in [("Content-Length: 1048576", ""), ("Transfer-Encoding: chunked", "1\r\nx")] {
+            let mut peer = Peer::new();
+            let head = format!("{request} HTTP/1.1\r\nHost: node\r\n{auth}{length}\r\n\r\n{body}");
+            let (answer, _) = parse(&peer.send(head), false);
+            assert_eq!(
+                (answer.status, answer.code().as_str()),
+                (413, "body_too_large"),
+                "{request} {length}"
+            );
+            assert!(answer.text().contains("takes no body"));
+            assert_eq!(peer.api.bodies.free(), Limits::default().bodies_total_bytes);
+        }
+    }
+    let mut peer = Peer::new();
+    let bytes =
+        peer.send("GET /healthz HTTP/1.1\r\nHost: node\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n");
+    assert_eq!(parse(&bytes, false).0.status, 200, "an empty body is none");
+}
+
+#[test]
 fn bodies_of_all_connections_together_are_bounded() {
     let limits = Limits { bodies_total_bytes: 100_000, ..Limits::default() };
     let mut peer = Peer::with(ApiConfig { limits, ..config() });
