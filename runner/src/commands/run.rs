@@ -160,7 +160,7 @@ fn node(options: &Run, interrupt: &Interrupt, progress: &Progress) -> Result<Tar
     };
     let (node, _) = up::start(&up, interrupt, progress).context("no node is up, and starting one failed")?;
     progress.say(&format!("node {} stays up for the next run; stop it with `nestling down`", node.name));
-    Ok(Target::of_local(node)?)
+    Target::of_local(node)
 }
 
 fn cancel_running(running: &Mutex<Option<(Client, String)>>) {
