@@ -108,8 +108,8 @@ pub(crate) struct Down {
 
 /// Run a command as a job, in a fresh machine, and show its output
 ///
-/// The words after -- arrive as exactly these arguments. Starts a node on this computer when none is up and none is named, and
-/// leaves it up. Ctrl-C cancels the job; a second one leaves at once.
+/// The words after -- are a program and exactly its arguments; for what a shell does, give sh -c '...'. Starts a node on this
+/// computer when none is up and none is named, and leaves it up. Ctrl-C cancels the job; a second one leaves at once.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   nestling run -- uname -r
