@@ -1,6 +1,6 @@
 //! How the benchmark's figures are shown.
 
-use super::rows::{Result, Side};
+use super::rows::{Goal, Result, Side};
 use crate::process::output;
 use serde_json::{Value, json};
 use std::process::Command;
@@ -17,7 +17,12 @@ pub(super) fn text(results: &[Result]) -> String {
             side(result.peer.as_ref()),
             result.ratio().map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}")),
             result.row.goal.to_string(),
-            if result.ok() { "ok" } else { "MISSED" }.to_owned(),
+            match (result.row.goal, result.ok()) {
+                (Goal::None, _) => "",
+                (_, true) => "ok",
+                (_, false) => "MISSED",
+            }
+            .to_owned(),
         ]);
     }
     let widths: Vec<usize> =
