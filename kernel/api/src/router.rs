@@ -28,6 +28,11 @@ pub(crate) enum Route {
 }
 
 impl Route {
+    /// Whether whoever gets here has shown nothing.
+    pub(crate) fn is_public(self) -> bool {
+        matches!(self, Self::Healthz | Self::Readyz | Self::Version | Self::OpenApi)
+    }
+
     /// Most bytes of its request's body. Only a new job has one.
     pub(crate) fn body_limit(self, limits: &Limits) -> usize {
         if self == Self::CreateJob { limits.body_bytes } else { 0 }

@@ -28,6 +28,8 @@ const CHUNK_OVERHEAD: usize = 8;
 
 /// How long a head or a body may take to arrive.
 const REQUEST_TIMEOUT_NS: u64 = 30 * SECOND;
+/// How long a new connection's first head may take. Places are few, and whoever connects has something to say.
+const FIRST_HEAD_TIMEOUT_NS: u64 = 10 * SECOND;
 /// How long a connection may do nothing between requests.
 const IDLE_TIMEOUT_NS: u64 = 60 * SECOND;
 /// How long a peer may take nothing of an answer.
@@ -49,7 +51,19 @@ pub struct Connection {
     /// When something of `tx` last went out, or came in when it was empty.
     tx_progress_ns: u64,
     peer_closed: bool,
+    standing: Standing,
     state: State,
+}
+
+/// What is known of a peer, least first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Standing {
+    /// It has sent no head yet.
+    New,
+    /// It has asked for nothing that needs the token, or did not have it.
+    Stranger,
+    /// It has shown the token, where one is needed.
+    Known,
 }
 
 #[derive(Debug)]
@@ -107,6 +121,7 @@ impl Connection {
             tx_sent: 0,
             tx_progress_ns: now.monotonic_ns,
             peer_closed: false,
+            standing: Standing::New,
             state: State::Head { idle_ns: now.monotonic_ns, first_byte_ns: None },
         }
     }
@@ -177,6 +192,13 @@ impl Connection {
         matches!(self.state, State::Abort)
     }
 
+    /// Whether it may be reset to make room for another: nothing is under way on it, or its peer has not shown the token.
+    #[must_use]
+    pub fn can_be_evicted(&self) -> bool {
+        let idle = matches!(self.state, State::Head { .. }) && self.rx.is_empty() && self.tx.is_empty();
+        idle || self.standing < Standing::Known
+    }
+
     /// Whether it waits for a job's output: call [`Connection::advance`] whenever jobs went on.
     #[must_use]
     pub fn is_following(&self) -> bool {
@@ -193,6 +215,9 @@ impl Connection {
         let own = match &self.state {
             // The clock of a request that waits for its turn starts when that comes.
             State::Head { .. } if !self.tx.is_empty() => None,
+            State::Head { idle_ns, .. } if self.standing == Standing::New => {
+                Some(idle_ns.saturating_add(FIRST_HEAD_TIMEOUT_NS))
+            }
             State::Head { idle_ns, first_byte_ns } => Some(match first_byte_ns {
                 Some(first) => first.saturating_add(REQUEST_TIMEOUT_NS),
                 None => idle_ns.saturating_add(IDLE_TIMEOUT_NS),
@@ -241,6 +266,16 @@ impl Connection {
             }
         }
         match &self.state {
+            State::Head { first_byte_ns, idle_ns }
+                if self.standing == Standing::New && late(*idle_ns, FIRST_HEAD_TIMEOUT_NS) =>
+            {
+                if first_byte_ns.is_some() {
+                    let message = "a connection's first request did not arrive within 10 s";
+                    self.refuse(&ApiError::new(ErrorCode::RequestTimeout, message), true, None, now);
+                } else {
+                    self.state = State::Close;
+                }
+            }
             State::Head { first_byte_ns: Some(first), .. } if late(*first, REQUEST_TIMEOUT_NS) => {
                 let message = "the request's head did not arrive within 30 s";
                 self.refuse(&ApiError::new(ErrorCode::RequestTimeout, message), true, None, now);
@@ -319,7 +354,13 @@ impl Connection {
         };
         self.rx.drain(..len.min(self.rx.len()));
         let is_1_1 = head.is_1_1;
-        let route = router::admit(api, &head).and_then(|route| {
+        let admitted = router::admit(api, &head);
+        let standing = match &admitted {
+            Ok(route) if !route.is_public() => Standing::Known,
+            _ => Standing::Stranger,
+        };
+        self.standing = self.standing.max(standing);
+        let route = admitted.and_then(|route| {
             let limit = route.body_limit(&api.config.limits);
             match head.body {
                 BodyLength::Known(len) if len > limit as u64 => Err(too_large(limit)),

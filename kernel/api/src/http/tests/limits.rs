@@ -124,6 +124,7 @@ fn rubbish_is_refused_and_what_follows_is_not_read() {
 #[test]
 fn a_slow_head_is_given_30_s() {
     let mut peer = Peer::new();
+    peer.get("/healthz");
     peer.wait(50_000);
     assert!(peer.send("GET /healthz HTTP/1.1\r\nHo").is_empty());
     assert_eq!(peer.connection.deadline(), Some(peer.now.monotonic_ns + 30_000_000_000));
@@ -134,6 +135,39 @@ fn a_slow_head_is_given_30_s() {
     assert_eq!((answer.status, answer.code().as_str()), (408, "request_timeout"));
     peer.wait(500);
     assert!(peer.connection.wants_close());
+}
+
+#[test]
+fn a_connections_first_head_is_given_10_s() {
+    let mut peer = Peer::new();
+    assert_eq!(peer.connection.deadline(), Some(peer.now.monotonic_ns + 10_000_000_000));
+    peer.wait(9_999);
+    assert!(!peer.connection.wants_close());
+    peer.wait(1);
+    assert!(peer.connection.wants_close() && peer.connection.transmit().is_empty());
+    peer.reconnect();
+    peer.wait(5_000);
+    assert!(peer.send("GET /healthz HTTP/1.1\r\nHo").is_empty());
+    peer.wait(5_000);
+    assert_eq!(parse(&peer.take(), false).0.status, 408);
+}
+
+#[test]
+fn a_connection_can_be_evicted_unless_a_peer_with_the_token_waits_for_its_answer() {
+    let mut peer = Peer::new();
+    assert!(peer.connection.can_be_evicted(), "it has said nothing");
+    peer.get("/healthz");
+    peer.connection.receive(get("/openapi.json").as_bytes(), peer.now);
+    peer.wait(0);
+    assert!(!peer.connection.transmit().is_empty() && peer.connection.can_be_evicted(), "a stranger");
+    peer.take();
+    assert!(peer.send(post_head("Content-Length: 10") + "{").is_empty());
+    assert!(!peer.connection.can_be_evicted(), "a job is arriving");
+    peer.send("\"step\": 1");
+    assert!(peer.connection.can_be_evicted(), "it has its answer");
+    let job = peer.begin();
+    peer.send(get(&format!("/v1/jobs/{job}/logs?follow=true")));
+    assert!(!peer.connection.can_be_evicted(), "it follows");
 }
 
 #[test]
@@ -150,6 +184,7 @@ fn a_slow_body_is_given_30_s() {
 #[test]
 fn an_idle_connection_is_closed_after_60_s_without_a_word() {
     let mut peer = Peer::new();
+    peer.get("/healthz");
     peer.wait(59_999);
     assert!(!peer.connection.wants_close());
     peer.get("/healthz");
