@@ -118,22 +118,27 @@ impl JobStore {
 
     /// Bytes from the agent that [`JobStore::receive`] takes now; 0 holds the agent, and with it the job, back.
     ///
-    /// A reader that follows the log and cannot keep up makes it smaller as long as it reads at all.
+    /// A reader that follows the log and cannot keep up makes it smaller as long as it reads at all, and no more than a
+    /// minute of a job in all.
     #[must_use]
-    pub fn receive_capacity(&self, id: JobId, now: Clock) -> usize {
-        let Some(record) = self.jobs.get(&id) else { return 0 };
+    pub fn receive_capacity(&mut self, id: JobId, now: Clock) -> usize {
+        let Some(record) = self.jobs.get_mut(&id) else { return 0 };
         let Some(run) = record.run.as_ref().filter(|run| run.verdict().is_none()) else { return 0 };
-        let window = WINDOW.saturating_sub(run.decoder.buffered());
-        let mut capacity = window;
-        for follower in lagging(record, now) {
+        let buffered = run.decoder.buffered();
+        let mut capacity = WINDOW.saturating_sub(buffered);
+        let mut held = false;
+        for follower in lagging(record, now).filter(|_| run.may_be_held(now)) {
             let kept = record.log.memory_from(follower);
             // A byte on the wire takes up to three in the log when the streams alternate, and vectors grow by doubling.
             // What the decoder keeps enters the log whole once its frame is complete, so a frame's room is kept free.
             let room = self.limits.log_bytes.saturating_sub(kept) / 4;
-            let room = if room < LEAST_ROOM { 0 } else { room.saturating_sub(run.decoder.buffered()) };
-            capacity = capacity.min(room);
+            held |= room < LEAST_ROOM;
+            capacity = capacity.min(room.saturating_sub(buffered));
         }
-        capacity
+        if let Some(run) = &mut record.run {
+            run.set_held(held, now);
+        }
+        if held { 0 } else { capacity }
     }
 
     /// Takes bytes from the agent, no more than [`JobStore::receive_capacity`].

@@ -24,6 +24,8 @@ const CANCEL_STEPS_NS: u64 = 30 * SECOND;
 const STEP_BACKSTOP_NS: u64 = 15 * SECOND;
 /// How long after its agent hung up a machine may take to say why (a kernel panic, a power-off).
 const HANG_UP_NS: u64 = 2 * SECOND;
+/// How long readers of its log may hold a job back, all together. What they have not read after that they may lose.
+const HOLD_NS: u64 = 60 * SECOND;
 /// Bytes from the agent that are taken at once. More than a frame, so that a frame always gets through.
 pub(super) const WINDOW: usize = 128 * 1024;
 /// Linux's signals end here (`SIGRTMAX`).
@@ -77,6 +79,9 @@ pub(super) struct Run {
     job_deadline: u64,
     cancel: Option<Cancel>,
     hang_up_deadline: Option<u64>,
+    /// How long readers of the log have held the job back so far, and since when they do now.
+    held_ns: u64,
+    held_since: Option<u64>,
     failed: Option<FirstFailure>,
     verdict: Option<Verdict>,
 }
@@ -93,6 +98,8 @@ impl Run {
             job_deadline: after(u64::from(timeout_seconds).saturating_mul(SECOND)),
             cancel: None,
             hang_up_deadline: None,
+            held_ns: 0,
+            held_since: None,
             failed: None,
             verdict: None,
         }
@@ -123,11 +130,45 @@ impl Run {
     pub(super) fn deadline(&self) -> Option<u64> {
         let phase = match self.phase {
             Phase::Booting { deadline } => Some(deadline),
-            Phase::Step { backstop, .. } => backstop,
+            Phase::Step { backstop, .. } => {
+                let hold = if self.held_since.is_some() { self.hold_left() } else { 0 };
+                backstop.map(|backstop| backstop.saturating_add(hold))
+            }
             Phase::Over => return None,
         };
-        let others = [phase, self.cancel.map(|cancel| cancel.deadline), self.hang_up_deadline];
+        let hold = self.held_since.map(|since| since.saturating_add(self.hold_left()));
+        let others = [phase, self.cancel.map(|cancel| cancel.deadline), self.hang_up_deadline, hold];
         others.into_iter().flatten().chain([self.job_deadline]).min()
+    }
+
+    fn hold_left(&self) -> u64 {
+        HOLD_NS.saturating_sub(self.held_ns)
+    }
+
+    /// How long the job is being held back now.
+    fn held_for(&self, now: Clock) -> u64 {
+        let held = self.held_since.map_or(0, |since| now.monotonic_ns.saturating_sub(since));
+        held.min(self.hold_left())
+    }
+
+    /// Whether readers of the log may still hold the job back.
+    pub(super) fn may_be_held(&self, now: Clock) -> bool {
+        self.held_for(now) < self.hold_left()
+    }
+
+    /// Readers of the log hold the job back, or do no longer. A step's backstop waits meanwhile: its result may be among
+    /// what the agent cannot say.
+    pub(super) fn set_held(&mut self, held: bool, now: Clock) {
+        if held {
+            self.held_since.get_or_insert(now.monotonic_ns);
+            return;
+        }
+        let held_for = self.held_for(now);
+        self.held_ns = self.held_ns.saturating_add(held_for);
+        self.held_since = None;
+        if let Phase::Step { backstop: Some(backstop), .. } = &mut self.phase {
+            *backstop = backstop.saturating_add(held_for);
+        }
     }
 
     /// The place of the step the agent has, from 0.
@@ -397,7 +438,7 @@ impl Record {
             let reason = format!("the agent did not {what} within {seconds} s of the machine's start");
             run.end(Conclusion::SystemFailure, None, Some(reason));
         } else if let Phase::Step { index, backstop, .. } = run.phase
-            && due(backstop)
+            && due(backstop.map(|backstop| backstop.saturating_add(run.held_for(now))))
         {
             let limit = self.script.steps.get(index).and_then(|step| step.timeout_seconds).unwrap_or(timeout);
             let name = step_name.unwrap_or_default();

@@ -37,8 +37,8 @@ fn a_follower_that_reads_slowly_holds_the_job_back_and_loses_nothing() {
     let mut reader =
         jobs.open_log(job, ReadOptions { follow: true, ..ReadOptions::default() }, at(0)).unwrap();
     let (mut read, mut written) = (0, 0);
-    for second in 0..100 {
-        let now = at(second * 5000);
+    for tick in 0..100 {
+        let now = at(tick * 500);
         written += write(&mut jobs, job, usize::MAX, now);
         let mut out = vec![];
         assert_eq!(jobs.read_log(&mut reader, &mut out, 20_000, now), ReadState::More);
@@ -124,6 +124,31 @@ fn a_follower_that_reads_steadily_loses_nothing_of_large_frames() {
         assert_eq!(out.len(), size * 60, "nothing dropped of frames of {size}");
         assert!(out.iter().all(|byte| *byte == b'x'));
     }
+}
+
+#[test]
+fn a_slow_follower_decides_no_conclusion() {
+    let mut jobs = JobStore::new(Limits { log_bytes: 600_000, ..Limits::default() });
+    let slow = StepRequest { timeout_seconds: Some(2), ..step("a") };
+    let job = begin(&mut jobs, 1, steps(vec![slow]), at(0));
+    say(&mut jobs, job, &started(0), at(0));
+    let options = ReadOptions { follow: true, ..ReadOptions::default() };
+    let mut reader = jobs.open_log(job, options, at(0)).unwrap();
+    write(&mut jobs, job, usize::MAX, at(0));
+    // The step has ended, and cannot say so: the follower reads a little every now and then.
+    for second in 1..60 {
+        let now = at(second * 1000);
+        jobs.poll(now);
+        assert!(!jobs.finished(job), "after {second} s");
+        assert_eq!(jobs.receive_capacity(job, now), 0, "after {second} s");
+        let _ = jobs.read_log(&mut reader, &mut vec![], 200, now);
+    }
+    assert_eq!(jobs.deadline(at(59_000)), Some(at(60_000).monotonic_ns));
+    jobs.poll(at(60_000));
+    assert!(jobs.receive_capacity(job, at(60_000)) > 0, "a minute is all there is");
+    jobs.poll(at(76_999));
+    say(&mut jobs, job, &exited(0, 0), at(76_999));
+    assert_eq!(finish(&mut jobs, job, at(76_999)).conclusion, Some(Conclusion::Success));
 }
 
 #[test]
