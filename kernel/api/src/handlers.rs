@@ -10,7 +10,7 @@ use crate::jobs::{Created, JobId, ReadOptions, Streams, request};
 use crate::log::Stream;
 use crate::multiplex;
 use crate::openapi::OPENAPI;
-use crate::types::{FieldError, ImageList, JobList, Status, Version};
+use crate::types::{FieldError, ImageList, Status, Version};
 use crate::{Api, Clock, Node};
 
 const TEXT: &str = "text/plain; charset=utf-8";
@@ -18,6 +18,8 @@ const TEXT: &str = "text/plain; charset=utf-8";
 const MAX_KEY: usize = 255;
 const DEFAULT_PER_PAGE: u64 = 30;
 const MAX_PER_PAGE: u64 = 100;
+/// Bytes of jobs after which a page ends early.
+const PAGE_BYTES: usize = 512 * 1024;
 
 pub(crate) fn text(text: &'static str) -> Response {
     Response::new(200, TEXT, Body::Static(text.as_bytes()))
@@ -46,30 +48,47 @@ pub(crate) fn images(node: &dyn Node) -> Response {
 }
 
 pub(crate) fn list_jobs(api: &Api, head: &Head) -> Result<Response, ApiError> {
-    let query = Query::parse(&head.query, &["status", "per_page", "page"])?;
+    let query = Query::parse(&head.query, &["status", "per_page", "page", "offset"])?;
     let words =
         [Status::Queued, Status::InProgress, Status::Completed].map(|status| (status.as_str(), status));
     let status = query.word("status", &words)?;
     let per_page = query.number("per_page", 1..=MAX_PER_PAGE)?.unwrap_or(DEFAULT_PER_PAGE);
     let page = query.number("page", 1..=u64::from(u32::MAX))?.unwrap_or(1);
+    let offset = query.number("offset", 0..=u64::from(u32::MAX))?;
     let total_count = api.jobs.count(status) as u64;
-    let skipped = page.saturating_sub(1).saturating_mul(per_page);
-    let ids = api.jobs.list(status);
-    let ids = ids.skip(usize::try_from(skipped).unwrap_or(usize::MAX));
-    let jobs: Vec<_> = ids
-        .take(usize::try_from(per_page).unwrap_or_default())
-        .filter_map(|id| api.jobs.get(id).ok())
-        .collect();
-    let mut response = Response::json(200, &JobList { total_count, jobs });
+    let skipped = offset.unwrap_or_else(|| page.saturating_sub(1).saturating_mul(per_page));
+    let ids = api.jobs.list(status).skip(usize::try_from(skipped).unwrap_or(usize::MAX));
+    // One job after the other, so that no more than the page itself is ever in memory: a `JobList`.
+    let mut body = format!("{{\"total_count\":{total_count},\"jobs\":[").into_bytes();
+    let mut shown = 0_u64;
+    for id in ids.take(usize::try_from(per_page).unwrap_or_default()) {
+        let job = serde_json::to_vec(&api.jobs.get(id)?).unwrap_or_default();
+        if shown > 0 {
+            if body.len().saturating_add(job.len()) > PAGE_BYTES {
+                break;
+            }
+            body.push(b',');
+        }
+        body.extend_from_slice(&job);
+        shown = shown.saturating_add(1);
+    }
+    body.extend_from_slice(b"]}\n");
+    let mut response = Response::new(200, "application/json", Body::Bytes(body, None));
     let filter = status.map_or_else(String::new, |status| format!("&status={}", status.as_str()));
     let link =
-        |page: u64, rel: &str| format!("</v1/jobs?page={page}&per_page={per_page}{filter}>; rel=\"{rel}\"");
+        |place: String, rel: &str| format!("</v1/jobs?{place}&per_page={per_page}{filter}>; rel=\"{rel}\"");
     let mut links = Vec::new();
-    if page > 1 {
-        links.push(link(page.saturating_sub(1), "prev"));
+    if offset.is_none() && page > 1 {
+        links.push(link(format!("page={}", page.saturating_sub(1)), "prev"));
     }
-    if skipped.saturating_add(per_page) < total_count {
-        links.push(link(page.saturating_add(1), "next"));
+    let next = skipped.saturating_add(shown);
+    if shown > 0 && next < total_count {
+        let place = if offset.is_none() && shown == per_page {
+            format!("page={}", page.saturating_add(1))
+        } else {
+            format!("offset={next}")
+        };
+        links.push(link(place, "next"));
     }
     if !links.is_empty() {
         response = response.with_header("Link", links.join(", "));

@@ -37,8 +37,8 @@ use uplink::Uplink;
 /// Between two rounds that nothing but a deadline asks for.
 const LEAST_PAUSE_NS: u64 = 500_000;
 const MIB: usize = 1 << 20;
-/// What the API may keep, fitted to a heap of 48 MiB that also holds sockets (6 MiB), network buffers (1 MiB)
-/// and page tables.
+/// What the API may keep, fitted to a heap of 48 MiB that also holds sockets (6 MiB), what connections read and
+/// send (6 MiB), network buffers (1 MiB), a request while it is answered and page tables.
 const LIMITS: Limits = Limits {
     body_bytes: MIB,
     bodies_total_bytes: 4 * MIB,
@@ -47,7 +47,7 @@ const LIMITS: Limits = Limits {
     completed_jobs: 200,
     jobs_total_bytes: 8 * MIB,
     log_bytes: 4 * MIB,
-    logs_total_bytes: 16 * MIB,
+    logs_total_bytes: 12 * MIB,
 };
 
 /// Everything the node does besides running machines.

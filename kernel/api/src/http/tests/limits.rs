@@ -95,6 +95,28 @@ fn answers_of_all_connections_together_are_bounded() {
 }
 
 #[test]
+fn a_page_of_large_jobs_ends_early_and_leads_to_the_next() {
+    let mut peer = Peer::new();
+    for _ in 0..60 {
+        let request = json!({"steps": [{"run": "a"}], "labels": vec!["l".repeat(100); 100]});
+        assert_eq!(peer.post(&request).status, 202);
+    }
+    let (mut path, mut seen, mut pages) = (Some("/v1/jobs?per_page=100".to_string()), vec![], 0);
+    while let Some(page) = path {
+        let answer = peer.get(&page);
+        assert!(answer.status == 200 && answer.body.len() < 600 * 1024);
+        let list: JobList = serde_json::from_slice(&answer.body).unwrap();
+        assert_eq!(list.total_count, 60);
+        seen.extend(list.jobs.into_iter().map(|job| job.id));
+        let link = answer.header("link").filter(|link| link.contains("next"));
+        path = link.map(|link| link[link.rfind('<').unwrap() + 1..link.rfind('>').unwrap()].to_string());
+        pages += 1;
+    }
+    seen.dedup();
+    assert_eq!((seen.len(), pages), (60, 2));
+}
+
+#[test]
 fn a_head_that_is_too_long_is_refused() {
     let mut peer = Peer::new();
     let bytes = peer.send(format!("GET / HTTP/1.1\r\nX: {}", "x".repeat(20_000)));
