@@ -151,9 +151,14 @@ fn debian_rust_stands() -> bool {
             .is_ok_and(|sysroot| Path::new(sysroot.trim()).join("lib/rustlib/src/rust/library/core").exists())
 }
 
-/// A program of Debian's Rust, whatever stands before it in `PATH`.
+/// A program of Debian's Rust, which finds the others of it before those of rustup.
 pub(crate) fn debian(program: &str) -> Command {
     let mut command = Command::new(Path::new("/usr/bin").join(program));
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let path = std::iter::once("/usr/bin".into()).chain(std::env::split_paths(&path));
+    if let Ok(path) = std::env::join_paths(path) {
+        command.env("PATH", path);
+    }
     command.env("RUSTC", "/usr/bin/rustc").env_remove("RUSTUP_TOOLCHAIN").env_remove("CARGO");
     command
 }
