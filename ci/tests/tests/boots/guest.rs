@@ -8,6 +8,7 @@ use nestling::client::types::{Conclusion, Job, JobRequest};
 use nestling_tests::guest::{bundle, program};
 use nestling_tests::job::{create, job, run, wait};
 use nestling_tests::node::{Shared, memory};
+use std::path::PathBuf;
 
 /// A node for guests that are Linux.
 static LINUX: Shared = Shared::new(Bed::builder);
@@ -16,9 +17,19 @@ static BARE: Shared = Shared::new(bare_node);
 
 fn bare_node() -> BedBuilder {
     let minimal = nestling::image::find(None).unwrap_or_else(|error| panic!("{error}"));
-    let file = format!("nestling-guests-{}.tar", std::process::id());
-    let path = bundle(&std::env::temp_dir().join(file), &minimal, &guests());
-    Bed::builder().image(path)
+    Bed::builder().image(bundle(&bundle_path(), &minimal, &guests()))
+}
+
+/// Where the images of [`BARE`] are until it has read them.
+fn bundle_path() -> PathBuf {
+    std::env::temp_dir().join(format!("nestling-guests-{}.tar", std::process::id()))
+}
+
+/// The node with the bare guests.
+fn bare() -> &'static RunningBed {
+    let node = BARE.get();
+    let _ = std::fs::remove_file(bundle_path());
+    node
 }
 
 /// Every bare guest by its image's name.
@@ -251,7 +262,7 @@ fn rubbish_in_virtqueues(guest: &mut CodeAssembler, device: u32, queues: u32) ->
 
 /// Runs a bare guest until its job's time is over or it ends itself.
 fn run_bare(image: &str) -> Job {
-    let node = BARE.get();
+    let node = bare();
     let request = JobRequest {
         image: Some(image.into()),
         timeout_seconds: Some(5),
@@ -363,7 +374,7 @@ fn virtqueues_filled_with_rubbish_break_only_their_own_machine() {
 
 #[test]
 fn a_hostile_guest_leaves_no_frame_behind() {
-    let node = BARE.get();
+    let node = bare();
     run_bare("triple-fault");
     let before = memory(node).free_frames;
     run_bare("random-access");

@@ -89,7 +89,6 @@ mod tests {
     }
 
     #[test]
-    #[ignore = "compiles the agent twice; run it with `cargo test -p xtask -- --ignored`"]
     fn the_agent_is_the_same_from_another_folder() {
         let folder = Folder(env::temp_dir().join(format!("nestling-agent-elsewhere-{}", std::process::id())));
         let elsewhere = folder.0.join("some where");
