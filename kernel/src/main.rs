@@ -28,7 +28,11 @@ static FIRMWARE: Once<Firmware> = Once::new();
 /// From the loader's words to the main loop. `entry_tsc` is the time-stamp counter at the kernel's first instruction.
 fn run(boot: &BootInfo, entry_tsc: u64) -> ! {
     cpu::descriptors::init();
-    let frames = memory::init(boot).unwrap_or_else(|error| refuse(&error));
+    let frames = memory::init(boot).unwrap_or_else(|error| {
+        // Only to power off by; the boot heap may be too small for a large machine's tables, but such a machine has memory.
+        find_firmware(boot);
+        refuse(&error)
+    });
     cpu::apic::init();
     let firmware = find_firmware(boot);
     let clock = cpu::clock::init(entry_tsc, firmware.pm_timer_port);
@@ -41,9 +45,8 @@ fn run(boot: &BootInfo, entry_tsc: u64) -> ! {
     let components = cpu::fpu::init().unwrap_or_else(|error| refuse(&error));
     let backend = Svm::enable().unwrap_or_else(|refusal| refuse(&refusal));
     report(firmware, clock, &frames, &backend);
-    let nic = drivers::nic::find(firmware);
-    let mac = nic.as_ref().map(|nic| nic.mac()).unwrap_or_default();
-    let mut random = RandomSource::gather(&mac);
+    let nic = drivers::nic::find(firmware).unwrap_or_else(|error| refuse(&error));
+    let mut random = RandomSource::gather(&nic.mac());
     let fleet = Fleet::new(backend, frames, Box::new(random.fork()), components);
     let service = Service::new(boot, nic, random).unwrap_or_else(|error| refuse(&error));
     serve(service, fleet)

@@ -17,8 +17,8 @@ use nestling_machine::vcpu::{HostCpuid, emulate};
 /// How long machines run at least between two rounds of the service that devices alone ask for.
 const LEAST_SLICE_NS: u64 = 300_000;
 
-/// Console lines that a machine leaves behind.
-const CONSOLE_LINES: usize = 40;
+/// Console lines that a machine leaves behind: a kernel's panic with its trace.
+const CONSOLE_LINES: usize = 100;
 
 /// Names a machine for as long as the node runs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

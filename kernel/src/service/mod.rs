@@ -56,7 +56,7 @@ pub struct Service<Id> {
     api: Api,
     images: Vec<Image>,
     random: RandomSource,
-    network: Option<Network>,
+    network: Network,
     engine: Engine<Id>,
     ready_ns: Option<u64>,
 }
@@ -68,16 +68,11 @@ struct Network {
 }
 
 impl<Id: Copy> Service<Id> {
-    /// Sets up the node's I/O. Without a network interface jobs cannot arrive; the reason is logged and the
-    /// node stays up.
+    /// Sets up the node's I/O.
     ///
     /// # Errors
     /// What is wrong with the command line, for the operator.
-    pub fn new(
-        boot: &BootInfo,
-        nic: Result<Box<dyn Nic>, String>,
-        mut random: RandomSource,
-    ) -> Result<Self, String> {
+    pub fn new(boot: &BootInfo, nic: Box<dyn Nic>, mut random: RandomSource) -> Result<Self, String> {
         let settings = Settings::read(&boot.command_line)?;
         let (images, problems) = images::load(&boot.modules);
         problems.iter().for_each(|problem| log::warn!("{problem}"));
@@ -92,18 +87,10 @@ impl<Id: Copy> Service<Id> {
         if settings.token.is_none() {
             log::warn!("auth=off: everybody who reaches this node may run jobs on it");
         }
-        let network = match nic {
-            Ok(nic) => {
-                let mut uplink =
-                    Uplink::new(nic, settings.addressing, settings.port, random.number(), clock::now_ns());
-                let server = HttpServer::new(settings.port, &mut uplink.sockets);
-                Some(Network { uplink, server })
-            }
-            Err(reason) => {
-                log::error!("{reason}");
-                None
-            }
-        };
+        let mut uplink =
+            Uplink::new(nic, settings.addressing, settings.port, random.number(), clock::now_ns());
+        let server = HttpServer::new(settings.port, &mut uplink.sockets);
+        let network = Network { uplink, server };
         Ok(Self {
             name: settings.name,
             api: Api::new(ApiConfig { token: settings.token, limits: LIMITS }),
@@ -119,33 +106,30 @@ impl<Id: Copy> Service<Id> {
     /// interrupts and machines that want something are reasons to call earlier.
     pub fn poll<M: Machines<Id = Id>>(&mut self, machines: &mut M) -> Option<u64> {
         let now = Clock { monotonic_ns: clock::now_ns(), unix_ns: clock::unix_ns() };
-        if let Some(Network { uplink, server }) = &mut self.network {
-            uplink.receive(now.monotonic_ns, |sockets| server.listen(sockets, now.monotonic_ns));
-            if self.ready_ns.is_none() && uplink.is_up() && !self.images.is_empty() {
-                let ns = now.monotonic_ns;
-                self.ready_ns = Some(ns);
-                log::info!("ready {}.{:03} ms after the kernel's entry", ns / 1_000_000, ns / 1000 % 1000);
-            }
+        let Network { uplink, server } = &mut self.network;
+        uplink.receive(now.monotonic_ns, |sockets| server.listen(sockets, now.monotonic_ns));
+        if self.ready_ns.is_none() && uplink.is_up() && !self.images.is_empty() {
+            let ns = now.monotonic_ns;
+            self.ready_ns = Some(ns);
+            log::info!("ready {}.{:03} ms after the kernel's entry", ns / 1_000_000, ns / 1000 % 1000);
         }
         // Output comes first, so that whoever follows it gets it in this round.
         self.engine.poll(&mut self.api.jobs, &self.images, machines, now);
-        if let Some(Network { uplink, server }) = &mut self.network {
-            let mut node = NodeView {
-                name: &self.name,
-                images: &self.images,
-                uplink: uplink.describe(),
-                machines: &*machines,
-                running: self.engine.running(),
-                ready_ns: self.ready_ns,
-                random: &mut self.random,
-            };
-            server.poll(&mut uplink.sockets, &mut self.api, &mut node, now);
-            uplink.transmit(now.monotonic_ns);
-        }
+        let mut node = NodeView {
+            name: &self.name,
+            images: &self.images,
+            uplink: uplink.describe(),
+            machines: &*machines,
+            running: self.engine.running(),
+            ready_ns: self.ready_ns,
+            random: &mut self.random,
+        };
+        server.poll(&mut uplink.sockets, &mut self.api, &mut node, now);
+        uplink.transmit(now.monotonic_ns);
         // What clients just asked for starts at once: a new job, a cancel, an agent held back by a reader of
         // its log.
         self.engine.poll(&mut self.api.jobs, &self.images, machines, now);
-        let network = self.network.as_mut().and_then(|network| network.deadline(now.monotonic_ns));
+        let network = self.network.deadline(now.monotonic_ns);
         let jobs = self.api.jobs.deadline(now);
         // Everything due now was done: what still says so waits for somebody else, and machines must get
         // their turn.
