@@ -15,4 +15,6 @@ pub mod layout;
 pub mod memory;
 pub mod platform;
 pub mod state;
+#[cfg(test)]
+mod testing;
 pub mod vcpu;

@@ -1,5 +1,6 @@
-use super::testing::{Counting, Ram};
+use super::testing::Counting;
 use super::*;
+use crate::testing::Ram;
 use proptest::prelude::*;
 use virtio::driver::Guest;
 

@@ -154,7 +154,7 @@ fn put(structure: &mut [u8], offset: usize, bytes: &[u8]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vcpu::testing::Ram;
+    use crate::testing::Ram;
 
     /// What Linux computes from the page, `__pvclock_read_cycles`.
     fn guest_reads(ram: &Ram, at: u64, tsc: u64) -> u64 {

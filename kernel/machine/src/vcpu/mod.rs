@@ -10,8 +10,6 @@ pub mod lapic;
 pub mod msr;
 mod pv_eoi;
 #[cfg(test)]
-mod testing;
-#[cfg(test)]
 mod tests;
 mod xstate;
 

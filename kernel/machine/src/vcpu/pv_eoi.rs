@@ -77,8 +77,8 @@ impl PvEoi {
 mod tests {
     use super::*;
     use crate::address::{GuestTsc, MsrIndex, Vector};
+    use crate::testing::Ram;
     use crate::vcpu::VcpuConfig;
-    use crate::vcpu::testing::Ram;
 
     const FLAG: GuestPhysAddr = GuestPhysAddr(0x40);
 

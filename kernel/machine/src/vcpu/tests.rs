@@ -1,9 +1,9 @@
 //! CPUID, MSR and XSETBV policy, on processors of both vendors.
 
-use super::testing::Ram;
 use super::*;
 use crate::address::{GuestPhysAddr, MsrIndex};
 use crate::state::{EFER_LMA, EFER_LME, EFER_NXE};
+use crate::testing::Ram;
 use proptest::prelude::*;
 
 const NOW: GuestTsc = GuestTsc(5_000_000);

@@ -1,5 +1,5 @@
 use super::*;
-use crate::platform::testing::Ram;
+use crate::testing::Ram;
 use alloc::string::ToString;
 
 const RAM_BYTES: u64 = 64 << 20;

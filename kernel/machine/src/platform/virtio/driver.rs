@@ -4,8 +4,9 @@ use crate::address::GuestPhysAddr;
 use crate::interrupt::MsiMessage;
 use crate::layout;
 use crate::memory::GuestMemory;
-use crate::platform::testing::{Counting, Ram};
+use crate::platform::testing::Counting;
 use crate::platform::{Platform, PlatformConfig};
+use crate::testing::Ram;
 use alloc::vec;
 use alloc::vec::Vec;
 

@@ -227,14 +227,15 @@ impl Lapic {
         self.requested().filter(|vector| vector.0 >> 4 > in_service)
     }
 
-    /// Moves what [`Self::pending`] says from requested to in service.
-    pub fn acknowledge(&mut self) -> Option<Vector> {
+    /// Moves what [`Self::pending`] says from requested to in service: offer and delivery in one, as tests drive it.
+    #[cfg(test)]
+    pub(crate) fn acknowledge(&mut self) -> Option<Vector> {
         let vector = self.pending()?;
         self.accept(vector);
         Some(vector)
     }
 
-    /// The processor has delivered `vector`, which [`Self::pending`] said when it was offered: it is in service now, whatever the
+    /// The processor has delivered `vector`, which was pending when it was offered: it is in service now, whatever the
     /// task priority has become since.
     pub fn accept(&mut self, vector: Vector) {
         self.requested.remove(vector);

@@ -7,7 +7,7 @@ mod strings;
 
 use super::*;
 use crate::state::{EFER_LMA, EFER_LME, EFER_NXE, Gpr, Segment};
-use crate::vcpu::testing::Ram;
+use crate::testing::Ram;
 use alloc::vec::Vec;
 
 pub(super) const RAM_SIZE: usize = 0x4_0000;

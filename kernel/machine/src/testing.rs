@@ -1,4 +1,4 @@
-//! What the tests of this folder share.
+//! Guest memory for tests.
 
 use crate::address::GuestPhysAddr;
 use crate::memory::{GuestMemory, MemoryError};
