@@ -1,7 +1,7 @@
 //! The local APIC: which interrupt a processor takes next.
 //!
 //! Intel SDM vol. 3, 11.4-11.9 and 11.12 (x2APIC). One model with two faces, see `registers`. Interrupts are delivered by the
-//! hypervisor: it asks [`Lapic::pending`], and when it injects, [`Lapic::acknowledge`].
+//! hypervisor: it asks [`Lapic::pending_at_any_task_priority`] and, once delivered, [`Lapic::accept`]s.
 //!
 //! What a real one has and this one leaves out: the id is read-only in xAPIC mode, the register page cannot be moved, and the
 //! LINT pins are not wired to anything.
