@@ -3,9 +3,10 @@
 use super::exit::Exit;
 use super::nested::NestedEntry;
 use super::refusal::Refusal;
+use core::ops::RangeInclusive;
 use nestling_machine::address::{GuestTsc, Vector};
-use nestling_machine::state::{Exception, Registers, SystemState};
-use nestling_machine::vcpu::CpuContext;
+use nestling_machine::state::{Exception, Gpr, VcpuState};
+use nestling_machine::vcpu::ControlRegisters;
 
 /// One vendor's virtualization, switched on on this core.
 pub trait Backend: Sized {
@@ -25,20 +26,35 @@ pub trait Backend: Sized {
     /// Optional features by name, and whether they are there.
     fn features(&self) -> &[(&'static str, bool)];
 
-    /// A vCPU whose nested page table starts at `nested_root`, in its reset state.
-    fn vcpu(&mut self, nested_root: u64) -> Self::Vcpu;
+    /// The processor's CPUID without what guests cannot have, because a control for it is missing.
+    fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4];
+
+    /// A vCPU whose nested page table starts at `nested_root`, in the state `state`.
+    fn vcpu(&mut self, nested_root: u64, state: &VcpuState) -> Self::Vcpu;
 }
 
 /// One vendor's vCPU: its control block, entry and exit.
-pub trait VendorVcpu {
-    /// General-purpose registers, RIP and RFLAGS as of the last exit; changes take effect at the next entry.
-    fn registers(&mut self) -> &mut Registers;
-    /// The rest of the architectural state.
-    fn system(&self) -> SystemState;
-    /// Replaces the rest of the architectural state.
-    fn set_system(&mut self, state: &SystemState);
-    /// What CPUID and MSR policy ask for.
-    fn context(&self) -> CpuContext;
+///
+/// What a method reads or changes is the state as of the last exit; changes take effect at the next entry. Reading a register can cost
+/// an exit of L1 to L0, so registers are asked for one by one.
+pub trait VendorVcpu: ControlRegisters {
+    /// A general-purpose register.
+    fn gpr(&self, register: Gpr) -> u64;
+    /// Sets a general-purpose register.
+    fn set_gpr(&mut self, register: Gpr, value: u64);
+    /// The instruction pointer.
+    fn rip(&self) -> u64;
+    /// Sets the instruction pointer.
+    fn set_rip(&mut self, value: u64);
+    /// The flags.
+    fn rflags(&self) -> u64;
+    /// The state as far as instructions that are emulated rest on it: in 64-bit mode, segments whose bases and limits count for
+    /// nothing are left at zero.
+    fn state(&self) -> VcpuState;
+    /// Takes over the general-purpose registers, RIP, RFLAGS and DR6 of `state`.
+    fn set_registers(&mut self, state: &VcpuState);
+    /// Notes a single-step trap in DR6 (BS), for an instruction that was completed on the guest's behalf.
+    fn note_single_step(&mut self);
     /// Sets EFER as the guest wrote it (already validated); LMA stays the processor's.
     fn set_efer(&mut self, value: u64);
     /// Sets what is added to the TSC when the guest reads it.
@@ -52,8 +68,6 @@ pub trait VendorVcpu {
     fn next_rip(&self) -> Option<u64>;
     /// Ends the shadow of STI or MOV SS after the exiting instruction was completed.
     fn clear_interrupt_shadow(&mut self);
-    /// Whether HLT could be left by an interrupt: RFLAGS.IF.
-    fn interrupts_enabled(&self) -> bool;
 
     /// Delivers an exception at the next entry. An event whose delivery the last exit cut short stays first.
     fn inject(&mut self, exception: Exception);
@@ -65,18 +79,18 @@ pub trait VendorVcpu {
     /// The offered interrupt, if the guest took it during the last run.
     fn take_accepted(&mut self) -> Option<Vector>;
 
-    /// Drops every cached nested translation of this machine before the next entry.
-    fn flush(&mut self);
     /// Loads what the control block does not hold (debug registers, TSC_AUX); the core's previous vCPU has been unloaded.
     fn load(&mut self, tsc_aux: u64);
-    /// Sets DR6.
-    fn set_dr6(&mut self, value: u64);
     /// Loads TSC_AUX while the vCPU is on the core.
     fn load_tsc_aux(&mut self, value: u64);
     /// Takes it off the core again.
     fn unload(&mut self);
+    /// Sees to it that the next run ends within `due` (nanoseconds since boot) unless something else ends it first.
+    fn arm(&mut self, due: Option<RangeInclusive<u64>>);
     /// Runs the guest until it exits.
     fn run(&mut self) -> Exit;
+    /// How often fields of the control block were read and written since the vCPU was made, where each access can cost an exit to L0.
+    fn accesses(&self) -> u64;
     /// Writes the control block to the log, for an exit that cannot be handled.
     fn dump(&self);
 }

@@ -1,13 +1,15 @@
 //! Why a guest stopped running, in no vendor's terms, and the counters.
 
 use nestling_machine::address::GuestPhysAddr;
-use nestling_machine::state::Exception;
+use nestling_machine::state::{Exception, Gpr};
 
 /// An exit from a guest.
 #[derive(Clone, Copy, Debug)]
 pub enum Exit {
     /// A physical interrupt is pending for L1.
     Interrupt,
+    /// The time that was set by the vendor's own timer is up.
+    Timer,
     /// A physical NMI arrived.
     Nmi,
     /// The guest can take the interrupt that was offered.
@@ -37,7 +39,18 @@ pub enum Exit {
     NestedFault {
         /// The guest physical address.
         address: GuestPhysAddr,
+        /// By the instruction at RIP itself, rather than by a walk of its page tables or the delivery of an event.
+        by_instruction: bool,
     },
+    /// MOV from or to CR8, on a processor without a place for it.
+    TaskPriority {
+        /// The instruction's register.
+        register: Gpr,
+        /// To CR8 rather than from it.
+        write: bool,
+    },
+    /// An access to a control register that the backend has already dealt with.
+    ControlRegister,
     /// XSETBV.
     Xsetbv,
     /// INVD or WBINVD.
@@ -62,8 +75,9 @@ pub enum Exit {
 }
 
 /// The classes that are counted, as the API names them.
-pub const KINDS: [&str; 15] = [
+pub const KINDS: [&str; 17] = [
     "interrupt",
+    "timer",
     "nmi",
     "interrupt_window",
     "cpuid",
@@ -76,33 +90,36 @@ pub const KINDS: [&str; 15] = [
     "mmio",
     "xsetbv",
     "cache_flush",
+    "control_register",
     "exception",
     "other",
 ];
 
 /// Index into [`KINDS`] of a nested fault on RAM.
-pub const RAM_FAULT: usize = 9;
+pub const RAM_FAULT: usize = 10;
 /// Index into [`KINDS`] of an emulated access to a device.
-pub const MMIO: usize = 10;
+pub const MMIO: usize = 11;
 
 impl Exit {
     /// Index into [`KINDS`]; nested faults count as MMIO until found to be RAM.
     pub const fn kind(&self) -> usize {
         match self {
             Self::Interrupt => 0,
-            Self::Nmi => 1,
-            Self::InterruptWindow => 2,
-            Self::Cpuid => 3,
-            Self::Hlt => 4,
-            Self::ReadMsr => 5,
-            Self::WriteMsr => 6,
-            Self::Pio { .. } => 7,
-            Self::StringPio => 8,
+            Self::Timer => 1,
+            Self::Nmi => 2,
+            Self::InterruptWindow => 3,
+            Self::Cpuid => 4,
+            Self::Hlt => 5,
+            Self::ReadMsr => 6,
+            Self::WriteMsr => 7,
+            Self::Pio { .. } => 8,
+            Self::StringPio => 9,
             Self::NestedFault { .. } => MMIO,
-            Self::Xsetbv => 11,
-            Self::CacheFlush => 12,
-            Self::Faulting(_) | Self::Exception(_) => 13,
-            Self::MachineCheck | Self::Shutdown | Self::Unexpected { .. } => 14,
+            Self::Xsetbv => 12,
+            Self::CacheFlush => 13,
+            Self::TaskPriority { .. } | Self::ControlRegister => 14,
+            Self::Faulting(_) | Self::Exception(_) => 15,
+            Self::MachineCheck | Self::Shutdown | Self::Unexpected { .. } => 16,
         }
     }
 }

@@ -4,7 +4,7 @@ use super::backend::Backend;
 use super::exit::ExitCounts;
 use super::machine::{CreateError, End, Machine};
 use super::run::{Node, Pause};
-use crate::cpu::{self, apic, clock, features, interrupts};
+use crate::cpu::{self, apic, clock, interrupts};
 use crate::memory::frames::{FramePool, LARGE_FRAME, SMALL_FRAME};
 use alloc::boxed::Box;
 use alloc::string::String;
@@ -55,7 +55,7 @@ pub struct Fleet<B: Backend> {
 impl<B: Backend> Fleet<B> {
     /// An empty fleet. `components` are the XSAVE components that [`crate::cpu::fpu::init`] found.
     pub fn new(backend: B, pool: FramePool, entropy: Box<dyn Entropy>, components: u64) -> Self {
-        let host = Arc::new(HostCpuid::read(features::cpuid));
+        let host = Arc::new(HostCpuid::read(|leaf, subleaf| backend.cpuid(leaf, subleaf)));
         emulate::prepare();
         Self {
             backend,

@@ -112,9 +112,7 @@ impl<B: Backend> Machine<B> {
             }
         };
         let offset = TscOffset(clock::tsc().wrapping_neg());
-        let mut hardware = backend.vcpu(nested.root());
-        hardware.set_system(&state.system);
-        *hardware.registers() = state.registers;
+        let mut hardware = backend.vcpu(nested.root(), &state);
         hardware.set_tsc_offset(offset.0);
         let tsc_khz = u32::try_from(clock::khz()).unwrap_or(u32::MAX);
         let mut machine = Self {

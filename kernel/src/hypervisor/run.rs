@@ -4,19 +4,26 @@ use super::backend::{Backend, TscOffset, VendorVcpu};
 use super::exit::{self, Exit};
 use super::machine::{End, Machine};
 use super::ram::RamView;
-use crate::cpu::{self, apic, clock, fpu, interrupts};
+use crate::cpu::{self, clock, fpu, interrupts};
 use crate::memory::frames::FramePool;
 use alloc::format;
-use nestling_machine::address::{GuestPhysAddr, GuestTsc, MsrIndex};
+use core::ops::RangeInclusive;
+use nestling_machine::address::{GuestPhysAddr, GuestTsc, MsrIndex, Vector};
 use nestling_machine::layout::LAPIC_BASE;
 use nestling_machine::memory::{GuestMemory, MemoryError};
 use nestling_machine::platform::{Entropy, Platform, VsockState};
-use nestling_machine::state::{Gpr, VcpuState};
+use nestling_machine::state::{Exception, Gpr};
 use nestling_machine::vcpu::emulate::{self, Bus, Emulation, Stop};
 use nestling_machine::vcpu::{Lapic, MsrEffect};
 
 /// The CPUID leaf whose sizes follow XCR0.
 const XSTATE_LEAF: u32 = 0xD;
+
+const RFLAGS_TF: u64 = 1 << 8;
+const RFLAGS_IF: u64 = 1 << 9;
+
+/// #DB.
+const SINGLE_STEP: Exception = Exception { vector: Vector(1), error_code: None, cr2: None };
 
 /// See [`Machine::timer_slack_ns`].
 const BOOT_TIMER_SLACK_NS: u64 = 20_000_000;
@@ -119,8 +126,8 @@ impl<B: Backend> Machine<B> {
         self.hardware.offer_interrupt(self.vcpu.lapic.pending_at_any_task_priority());
         self.accept_interrupt();
         self.vcpu.before_entry(&mut RamView { ram: &mut self.ram, pool: node.pool });
-        let timer = self.deadline_ns().map(|deadline| deadline.saturating_add(self.timer_slack_ns()));
-        apic::timer_arm(timer.into_iter().chain(node.wake()).min());
+        let due = self.due(node.wake());
+        self.hardware.arm(due);
         let exit = self.hardware.run();
         if let Exit::Interrupt = exit {
             cpu::take_interrupts();
@@ -142,6 +149,16 @@ impl<B: Backend> Machine<B> {
         }
     }
 
+    /// From when to when the next run has to end: for the guest's timer, which has some slack, or for the service at `wake`.
+    fn due(&mut self, wake: Option<u64>) -> Option<RangeInclusive<u64>> {
+        let slack = self.timer_slack_ns();
+        let timer = self.deadline_ns().map(|deadline| (deadline, deadline.saturating_add(slack)));
+        let wake = wake.map(|wake| (wake, wake));
+        let (earliest, latest) =
+            timer.into_iter().chain(wake).reduce(|one, other| (one.0.min(other.0), one.1.min(other.1)))?;
+        Some(earliest..=latest)
+    }
+
     /// How late the timer may interrupt a guest that is running. Until the agent has connected nobody waits for anything but the end
     /// of the boot, and every tick costs two exits; Linux makes up for missed ticks by itself. A halted guest is woken in time.
     fn timer_slack_ns(&mut self) -> u64 {
@@ -158,26 +175,23 @@ impl<B: Backend> Machine<B> {
     }
 
     fn handle(&mut self, exit: Exit, node: &mut Node<'_>) {
-        log::trace!("{exit:x?} rip {:#x}", self.hardware.registers().rip);
+        log::trace!("{exit:x?} rip {:#x}", self.hardware.rip());
         match exit {
-            Exit::Interrupt | Exit::InterruptWindow => {}
+            Exit::Interrupt | Exit::Timer | Exit::InterruptWindow | Exit::ControlRegister => {}
             Exit::Nmi => log::warn!("non-maskable interrupt while a guest ran; going on"),
             Exit::Cpuid => self.cpuid(node),
-            Exit::Hlt => {
-                self.skip(node);
-                // Without interrupts nothing ever wakes the only vCPU.
-                if self.hardware.interrupts_enabled() {
-                    self.halted = true;
-                } else {
-                    self.end = Some(End::Halted);
-                }
-            }
+            Exit::Hlt => self.halt(node),
             Exit::ReadMsr => self.read_msr(node),
             Exit::WriteMsr => self.write_msr(node),
             Exit::Pio { port, width, input, next_rip } => self.pio(port, width, input, next_rip),
             Exit::StringPio => self.emulate(node),
-            Exit::NestedFault { address } if self.ram.contains(address) => self.back(address, node),
-            Exit::NestedFault { .. } => self.emulate(node),
+            Exit::NestedFault { address, .. } if self.ram.contains(address) => self.back(address, node),
+            Exit::NestedFault { by_instruction: true, .. } => self.emulate(node),
+            Exit::NestedFault { address, .. } => {
+                let what = "a page table, descriptor table or stack in a device's memory";
+                self.end = Some(End::Unsupported(format!("{what}, at {:#x}", address.0)));
+            }
+            Exit::TaskPriority { register, write } => self.task_priority(register, write, node),
             Exit::Xsetbv => self.xsetbv(node),
             Exit::CacheFlush => self.skip(node),
             Exit::Faulting(exception) | Exit::Exception(exception) => self.hardware.inject(exception),
@@ -192,37 +206,51 @@ impl<B: Backend> Machine<B> {
         }
     }
 
-    fn state(&mut self) -> VcpuState {
-        VcpuState { registers: *self.hardware.registers(), system: self.hardware.system() }
+    fn halt(&mut self, node: &mut Node<'_>) {
+        let rflags = self.hardware.rflags();
+        self.skip(node);
+        if rflags & RFLAGS_TF != 0 {
+            // The trap that follows the instruction ends the wait at once.
+        } else if rflags & RFLAGS_IF != 0 {
+            self.halted = true;
+        } else {
+            // Without interrupts nothing ever wakes the only vCPU.
+            self.end = Some(End::Halted);
+        }
     }
 
     /// Goes past the instruction that exited.
     fn skip(&mut self, node: &mut Node<'_>) {
-        let next = match self.hardware.next_rip() {
-            Some(next) => next,
-            None => {
-                let state = self.state();
-                match emulate::instruction_length(
-                    &state,
-                    &mut RamView { ram: &mut self.ram, pool: node.pool },
-                ) {
-                    Ok(length) => state.registers.rip.wrapping_add(u64::from(length)),
-                    Err(Stop::Unsupported { length: 0, .. }) => {
-                        state.registers.rip
-                            + if matches!(self.last_exit, Some(Exit::Hlt)) {
-                                1
-                            } else if matches!(self.last_exit, Some(Exit::Xsetbv)) {
-                                3
-                            } else {
-                                2
-                            }
-                    }
-                    Err(stop) => return self.stop(stop),
-                }
-            }
-        };
-        self.hardware.registers().rip = next;
+        match self.hardware.next_rip() {
+            Some(next) => self.complete(next),
+            None => match self.decode_length(node) {
+                Ok(length) => self.complete(self.hardware.rip().wrapping_add(u64::from(length))),
+                Err(stop) => self.stop(stop),
+            },
+        }
+    }
+
+    /// The exited instruction's length, by decoding it. What cannot be fetched any more has the length of its shortest form.
+    fn decode_length(&mut self, node: &mut Node<'_>) -> Result<u8, Stop> {
+        let state = self.hardware.state();
+        match emulate::instruction_length(&state, &mut RamView { ram: &mut self.ram, pool: node.pool }) {
+            Err(Stop::Unsupported { length: 0, .. }) => Ok(match self.last_exit {
+                Some(Exit::Hlt) => 1,
+                Some(Exit::Xsetbv) => 3,
+                _ => 2,
+            }),
+            length => length,
+        }
+    }
+
+    /// The exited instruction is done: the next one is at `next`.
+    fn complete(&mut self, next: u64) {
+        self.hardware.set_rip(next);
         self.hardware.clear_interrupt_shadow();
+        if self.hardware.rflags() & RFLAGS_TF != 0 {
+            self.hardware.note_single_step();
+            self.hardware.inject(SINGLE_STEP);
+        }
     }
 
     fn stop(&mut self, stop: Stop) {
@@ -239,34 +267,31 @@ impl<B: Backend> Machine<B> {
     fn unsupported(&mut self, bytes: &[u8; 15], length: u8) {
         self.hardware.dump();
         let bytes = bytes.get(..usize::from(length)).unwrap_or(bytes);
-        let rip = self.hardware.registers().rip;
+        let rip = self.hardware.rip();
         let exit = self.last_exit;
         self.end =
             Some(End::Unsupported(format!("the instruction {bytes:02x?} at {rip:#x} after {exit:x?}")));
     }
 
     fn cpuid(&mut self, node: &mut Node<'_>) {
-        let context = self.hardware.context();
-        let registers = self.hardware.registers();
-        let (leaf, subleaf) = (registers.get(Gpr::Rax) as u32, registers.get(Gpr::Rcx) as u32);
+        let (leaf, subleaf) = (self.hardware.gpr(Gpr::Rax) as u32, self.hardware.gpr(Gpr::Rcx) as u32);
         if leaf == XSTATE_LEAF {
             self.vcpu.observe_xcr0(fpu::xcr0());
         }
-        let [eax, ebx, ecx, edx] = self.vcpu.cpuid(leaf, subleaf, &context);
+        let [eax, ebx, ecx, edx] = self.vcpu.cpuid(leaf, subleaf, &self.hardware);
         for (register, value) in [(Gpr::Rax, eax), (Gpr::Rbx, ebx), (Gpr::Rcx, ecx), (Gpr::Rdx, edx)] {
-            registers.set(register, u64::from(value));
+            self.hardware.set_gpr(register, u64::from(value));
         }
         self.skip(node);
     }
 
     fn read_msr(&mut self, node: &mut Node<'_>) {
-        let (now, context) = (self.now(), self.hardware.context());
-        let index = MsrIndex(self.hardware.registers().get(Gpr::Rcx) as u32);
-        match self.vcpu.read_msr(index, now, &context) {
+        let now = self.now();
+        let index = MsrIndex(self.hardware.gpr(Gpr::Rcx) as u32);
+        match self.vcpu.read_msr(index, now, &self.hardware) {
             Ok(value) => {
-                let registers = self.hardware.registers();
-                registers.set(Gpr::Rax, value & 0xFFFF_FFFF);
-                registers.set(Gpr::Rdx, value >> 32);
+                self.hardware.set_gpr(Gpr::Rax, value & 0xFFFF_FFFF);
+                self.hardware.set_gpr(Gpr::Rdx, value >> 32);
                 self.skip(node);
             }
             Err(exception) => {
@@ -277,12 +302,11 @@ impl<B: Backend> Machine<B> {
     }
 
     fn write_msr(&mut self, node: &mut Node<'_>) {
-        let (now, context) = (self.now(), self.hardware.context());
-        let registers = self.hardware.registers();
-        let index = MsrIndex(registers.get(Gpr::Rcx) as u32);
-        let value = registers.get(Gpr::Rdx) << 32 | registers.get(Gpr::Rax) & 0xFFFF_FFFF;
+        let now = self.now();
+        let index = MsrIndex(self.hardware.gpr(Gpr::Rcx) as u32);
+        let value = self.edx_eax();
         let mut memory = RamView { ram: &mut self.ram, pool: node.pool };
-        match self.vcpu.write_msr(index, value, now, &context, clock::unix_ns(), &mut memory) {
+        match self.vcpu.write_msr(index, value, now, &self.hardware, clock::unix_ns(), &mut memory) {
             Ok(effect) => {
                 self.carry_out(effect);
                 self.skip(node);
@@ -292,6 +316,24 @@ impl<B: Backend> Machine<B> {
                 self.hardware.inject(exception);
             }
         }
+    }
+
+    /// The value in EDX and EAX, as WRMSR and XSETBV take it.
+    fn edx_eax(&self) -> u64 {
+        self.hardware.gpr(Gpr::Rdx) << 32 | self.hardware.gpr(Gpr::Rax) & 0xFFFF_FFFF
+    }
+
+    /// MOV from or to CR8.
+    fn task_priority(&mut self, register: Gpr, write: bool, node: &mut Node<'_>) {
+        if !write {
+            self.hardware.set_gpr(register, u64::from(self.vcpu.lapic.tpr() >> 4));
+        } else {
+            match u8::try_from(self.hardware.gpr(register)) {
+                Ok(priority @ 0..=15) => self.vcpu.lapic.set_tpr(priority << 4),
+                _ => return self.hardware.inject(Exception::GENERAL_PROTECTION),
+            }
+        }
+        self.skip(node);
     }
 
     fn carry_out(&mut self, effect: MsrEffect) {
@@ -308,10 +350,8 @@ impl<B: Backend> Machine<B> {
     }
 
     fn xsetbv(&mut self, node: &mut Node<'_>) {
-        let context = self.hardware.context();
-        let registers = self.hardware.registers();
-        let value = registers.get(Gpr::Rdx) << 32 | registers.get(Gpr::Rax) & 0xFFFF_FFFF;
-        match self.vcpu.xsetbv(registers.get(Gpr::Rcx) as u32, value, &context) {
+        let (index, value) = (self.hardware.gpr(Gpr::Rcx) as u32, self.edx_eax());
+        match self.vcpu.xsetbv(index, value, &self.hardware) {
             Ok(xcr0) => {
                 fpu::load_xcr0(xcr0);
                 self.skip(node);
@@ -321,12 +361,11 @@ impl<B: Backend> Machine<B> {
     }
 
     fn pio(&mut self, port: u16, width: u8, input: bool, next_rip: u64) {
-        let registers = self.hardware.registers();
+        let rax = self.hardware.gpr(Gpr::Rax);
         if input {
             let value = u64::from(self.platform.pio_read(port, width));
-            let rax = registers.get(Gpr::Rax);
             // A 32-bit result clears the upper half; narrower ones leave the rest alone.
-            registers.set(
+            self.hardware.set_gpr(
                 Gpr::Rax,
                 match width {
                     1 => rax & !0xFF | value & 0xFF,
@@ -336,10 +375,9 @@ impl<B: Backend> Machine<B> {
             );
         } else {
             let mask = if width >= 4 { u32::MAX } else { (1 << (u32::from(width) * 8)) - 1 };
-            self.platform.pio_write(port, width, registers.get(Gpr::Rax) as u32 & mask);
+            self.platform.pio_write(port, width, rax as u32 & mask);
         }
-        self.hardware.registers().rip = next_rip;
-        self.hardware.clear_interrupt_shadow();
+        self.complete(next_rip);
     }
 
     /// Backs a touched page of RAM and maps it.
@@ -356,7 +394,7 @@ impl<B: Backend> Machine<B> {
 
     fn emulate(&mut self, node: &mut Node<'_>) {
         let now = self.now();
-        let mut state = self.state();
+        let mut state = self.hardware.state();
         let mut bus = MachineBus {
             memory: RamView { ram: &mut self.ram, pool: node.pool },
             platform: &mut self.platform,
@@ -365,14 +403,12 @@ impl<B: Backend> Machine<B> {
         };
         match emulate::emulate(&mut state, &mut bus) {
             Emulation::Done => {
-                *self.hardware.registers() = state.registers;
+                self.hardware.set_registers(&state);
                 self.hardware.clear_interrupt_shadow();
             }
-            Emulation::Partial => *self.hardware.registers() = state.registers,
+            Emulation::Partial => self.hardware.set_registers(&state),
             Emulation::Fault(exception) => {
-                *self.hardware.registers() = state.registers;
-                // A single-step trap says so in DR6.
-                self.hardware.set_dr6(state.system.dr6);
+                self.hardware.set_registers(&state);
                 self.hardware.inject(exception);
             }
             Emulation::Unsupported { bytes, length } => self.unsupported(&bytes, length),

@@ -7,7 +7,7 @@
 //! of each feature it knows, and every question is an exit.
 
 use super::xstate::ExtendedState;
-use super::{CpuContext, VcpuConfig};
+use super::{ControlRegisters, VcpuConfig};
 
 /// EAX, EBX, ECX, EDX.
 pub type Registers = [u32; 4];
@@ -295,14 +295,14 @@ impl GuestCpuid {
         &self,
         leaf: u32,
         subleaf: u32,
-        context: &CpuContext,
+        context: &dyn ControlRegisters,
         xstate: &ExtendedState,
         apic_enabled: bool,
     ) -> Registers {
         match leaf {
             1 => {
                 let mut registers = self.basic[1];
-                if context.cr4 & CR4_OSXSAVE != 0 && registers[ECX] & LEAF1_ECX_XSAVE != 0 {
+                if context.cr4() & CR4_OSXSAVE != 0 && registers[ECX] & LEAF1_ECX_XSAVE != 0 {
                     registers[ECX] |= LEAF1_ECX_OSXSAVE;
                 }
                 if apic_enabled {
@@ -313,7 +313,7 @@ impl GuestCpuid {
             4 => self.caches.get(subleaf as usize).copied().unwrap_or([0; 4]),
             7 => {
                 let mut registers = self.features.get(subleaf as usize).copied().unwrap_or([0; 4]);
-                if subleaf == 0 && context.cr4 & CR4_PKE != 0 && registers[ECX] & LEAF7_ECX_PKU != 0 {
+                if subleaf == 0 && context.cr4() & CR4_PKE != 0 && registers[ECX] & LEAF7_ECX_PKU != 0 {
                     registers[ECX] |= LEAF7_ECX_OSPKE;
                 }
                 registers

@@ -32,17 +32,17 @@ pub struct VcpuConfig {
     pub tsc_khz: u32,
 }
 
-/// What CPUID and MSR policy need to know from the vendor's control block.
-#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
-pub struct CpuContext {
+/// What CPUID and MSR policy need to know from the vendor's control block. Each is asked for only where a decision rests on it, because
+/// reading one may cost the hypervisor an exit of its own.
+pub trait ControlRegisters {
     /// CR0.
-    pub cr0: u64,
+    fn cr0(&self) -> u64;
     /// CR4.
-    pub cr4: u64,
+    fn cr4(&self) -> u64;
     /// EFER as the guest sees it.
-    pub efer: u64,
+    fn efer(&self) -> u64;
     /// Current privilege level, 0-3.
-    pub cpl: u8,
+    fn cpl(&self) -> u8;
 }
 
 /// One virtual processor.
@@ -72,7 +72,7 @@ impl Vcpu {
     }
 
     /// EAX, EBX, ECX, EDX of a CPUID leaf.
-    pub fn cpuid(&self, leaf: u32, subleaf: u32, context: &CpuContext) -> [u32; 4] {
+    pub fn cpuid(&self, leaf: u32, subleaf: u32, context: &dyn ControlRegisters) -> [u32; 4] {
         self.cpuid.get(leaf, subleaf, context, &self.xstate, self.lapic.is_enabled())
     }
 
@@ -80,7 +80,12 @@ impl Vcpu {
     ///
     /// # Errors
     /// The exception to deliver: #UD without CR4.OSXSAVE, #GP for a value or register that the processor does not have.
-    pub fn xsetbv(&mut self, index: u32, value: u64, context: &CpuContext) -> Result<u64, Exception> {
+    pub fn xsetbv(
+        &mut self,
+        index: u32,
+        value: u64,
+        context: &dyn ControlRegisters,
+    ) -> Result<u64, Exception> {
         self.xstate.xsetbv(index, value, context)
     }
 

@@ -3,7 +3,7 @@
 //! Intel SDM vol. 4; AMD APM vol. 2, appendix A; Linux, Documentation/virt/kvm/x86/msr.rst. A register that is not named here
 //! raises #GP, as on a processor without it.
 
-use super::{CpuContext, Vcpu};
+use super::{ControlRegisters, Vcpu};
 use crate::address::{GuestTsc, MsrIndex};
 use crate::memory::GuestMemory;
 use crate::state::{EFER_LMA, EFER_LME, EFER_NXE, Exception};
@@ -167,9 +167,9 @@ impl Vcpu {
         &mut self,
         index: MsrIndex,
         now: GuestTsc,
-        context: &CpuContext,
+        context: &dyn ControlRegisters,
     ) -> Result<u64, Exception> {
-        if context.cpl != 0 {
+        if context.cpl() != 0 {
             return Err(Exception::GENERAL_PROTECTION);
         }
         match index.0 {
@@ -179,7 +179,7 @@ impl Vcpu {
             TSC_ADJUST => Ok(self.stored.tsc_adjust as u64),
             TSC_AUX => Ok(self.stored.tsc_aux),
             APIC_BASE => Ok(self.lapic.base()),
-            EFER => Ok(context.efer),
+            EFER => Ok(context.efer()),
             PAT => Ok(self.stored.pat),
             KVM_WALL_CLOCK => Ok(self.clock.wall_clock()),
             KVM_SYSTEM_TIME => Ok(self.clock.system_time()),
@@ -203,12 +203,12 @@ impl Vcpu {
         index: MsrIndex,
         value: u64,
         now: GuestTsc,
-        context: &CpuContext,
+        context: &dyn ControlRegisters,
         wall_ns: u64,
         memory: &mut dyn GuestMemory,
     ) -> Result<MsrEffect, Exception> {
         const REFUSED: Result<MsrEffect, Exception> = Err(Exception::GENERAL_PROTECTION);
-        if context.cpl != 0 {
+        if context.cpl() != 0 {
             return REFUSED;
         }
         match index.0 {
@@ -271,11 +271,11 @@ impl Vcpu {
     }
 
     /// AMD APM vol. 2, 3.1.7 and 14.6: LMA follows LME and CR0.PG, and is not the guest's to write.
-    fn write_efer(&self, value: u64, context: &CpuContext) -> Result<MsrEffect, Exception> {
-        let changes_mode = (value ^ context.efer) & EFER_LME != 0;
-        if value & !self.stored.efer_allowed != 0 || changes_mode && context.cr0 & CR0_PG != 0 {
+    fn write_efer(&self, value: u64, context: &dyn ControlRegisters) -> Result<MsrEffect, Exception> {
+        let changes_mode = (value ^ context.efer()) & EFER_LME != 0;
+        if value & !self.stored.efer_allowed != 0 || changes_mode && context.cr0() & CR0_PG != 0 {
             return Err(Exception::GENERAL_PROTECTION);
         }
-        Ok(MsrEffect::Efer(value & !EFER_LMA | context.efer & EFER_LMA))
+        Ok(MsrEffect::Efer(value & !EFER_LMA | context.efer() & EFER_LMA))
     }
 }

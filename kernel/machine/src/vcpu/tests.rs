@@ -7,6 +7,33 @@ use crate::testing::Ram;
 use proptest::prelude::*;
 
 const NOW: GuestTsc = GuestTsc(5_000_000);
+/// Control registers as a test wants them.
+#[derive(Clone, Copy)]
+struct CpuContext {
+    cr0: u64,
+    cr4: u64,
+    efer: u64,
+    cpl: u8,
+}
+
+impl ControlRegisters for CpuContext {
+    fn cr0(&self) -> u64 {
+        self.cr0
+    }
+
+    fn cr4(&self) -> u64 {
+        self.cr4
+    }
+
+    fn efer(&self) -> u64 {
+        self.efer
+    }
+
+    fn cpl(&self) -> u8 {
+        self.cpl
+    }
+}
+
 const KERNEL: CpuContext =
     CpuContext { cr0: 0x8000_0001, cr4: 0x20, efer: EFER_LMA | EFER_LME | EFER_NXE, cpl: 0 };
 

@@ -2,7 +2,7 @@
 //!
 //! Intel SDM vol. 1, 13.2-13.4 (feature bitmap, CPUID leaf 0xD, XSAVE area formats) and 13.3 (XSETBV's checks).
 
-use super::CpuContext;
+use super::ControlRegisters;
 use super::cpuid::{HostCpuid, Registers};
 use crate::state::Exception;
 
@@ -89,8 +89,13 @@ impl ExtendedState {
     }
 
     /// XSETBV: checks and takes a new XCR0.
-    pub(super) fn xsetbv(&mut self, index: u32, value: u64, context: &CpuContext) -> Result<u64, Exception> {
-        if !self.is_supported() || context.cr4 & CR4_OSXSAVE == 0 {
+    pub(super) fn xsetbv(
+        &mut self,
+        index: u32,
+        value: u64,
+        context: &dyn ControlRegisters,
+    ) -> Result<u64, Exception> {
+        if !self.is_supported() || context.cr4() & CR4_OSXSAVE == 0 {
             return Err(Exception::UNDEFINED);
         }
         let has = |feature: u64| value & feature != 0;
@@ -98,7 +103,7 @@ impl ExtendedState {
             && (has(SSE) || !has(AVX))
             && (has(AVX) || !has(AVX512))
             && (value & AVX512 == 0 || value & AVX512 == AVX512);
-        if context.cpl != 0 || index != 0 || value & !self.supported != 0 || !consistent {
+        if context.cpl() != 0 || index != 0 || value & !self.supported != 0 || !consistent {
             return Err(Exception::GENERAL_PROTECTION);
         }
         self.xcr0 = value;

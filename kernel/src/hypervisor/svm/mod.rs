@@ -15,6 +15,7 @@ use crate::cpu::features::cpuid;
 use crate::memory::heap::Pages;
 use alloc::rc::Rc;
 use features::{check, feature};
+use nestling_machine::state::VcpuState;
 use permission_maps::PermissionMaps;
 pub use vcpu::SvmVcpu;
 use x86_64::registers::model_specific::{Efer, EferFlags, Msr};
@@ -95,11 +96,15 @@ impl Backend for Svm {
         &self.features
     }
 
-    fn vcpu(&mut self, nested_root: u64) -> SvmVcpu {
+    fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
+        cpuid(leaf, subleaf)
+    }
+
+    fn vcpu(&mut self, nested_root: u64, state: &VcpuState) -> SvmVcpu {
         // ASID 0 is L1's. A reused ASID is harmless: a new vCPU's first entry flushes, and so does every later change of vCPU.
         let asid = self.next_asid;
         self.next_asid = if asid + 1 < self.asids { asid + 1 } else { 1 };
-        SvmVcpu::new(nested_root, asid, self.nrip_save, Rc::clone(&self.maps), Rc::clone(&self.host))
+        SvmVcpu::new(nested_root, state, asid, self.nrip_save, Rc::clone(&self.maps), Rc::clone(&self.host))
     }
 }
 

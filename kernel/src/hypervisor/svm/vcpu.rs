@@ -5,13 +5,15 @@
 use super::enter::enter;
 use super::permission_maps::PermissionMaps;
 use super::vmcb::{self, Vmcb, exit_code, intercept1, intercept2};
+use crate::cpu::apic;
 use crate::hypervisor::backend::VendorVcpu;
 use crate::hypervisor::exit::Exit;
 use crate::memory::heap::Pages;
 use alloc::rc::Rc;
+use core::ops::RangeInclusive;
 use nestling_machine::address::{GuestPhysAddr, Vector};
-use nestling_machine::state::{Exception, Gpr, Registers, Segment, SystemState, TableRegister};
-use nestling_machine::vcpu::CpuContext;
+use nestling_machine::state::{Exception, Gpr, Registers, Segment, SystemState, TableRegister, VcpuState};
+use nestling_machine::vcpu::ControlRegisters;
 use x86_64::registers::model_specific::Msr;
 
 const CR0_PE: u64 = 1 << 0;
@@ -20,6 +22,9 @@ const EFER_LMA: u64 = 1 << 10;
 const RFLAGS_IF: u64 = 1 << 9;
 const TSC_AUX: u32 = 0xC000_0103;
 const PAT_RESET: u64 = 0x0007_0406_0007_0406;
+/// EXITINFO1 of a nested page fault: during the walk of the guest's own page tables (APM vol. 2, 15.25.6).
+const NPF_PAGE_WALK: u64 = 1 << 33;
+const DR6_SINGLE_STEP: u64 = 1 << 14;
 const DR6_RESET: u64 = 0xFFFF_0FF0;
 const DR7_RESET: u64 = 0x400;
 const DEBUG_EXCEPTION: u8 = 1;
@@ -55,6 +60,7 @@ pub struct SvmVcpu {
 impl SvmVcpu {
     pub(super) fn new(
         nested_root: u64,
+        state: &VcpuState,
         asid: u32,
         nrip_save: bool,
         maps: Rc<PermissionMaps>,
@@ -62,7 +68,7 @@ impl SvmVcpu {
     ) -> Self {
         let mut vcpu = Self {
             vmcb: Pages::new(1),
-            registers: Registers::default(),
+            registers: state.registers,
             debug: [0; 4],
             offered: None,
             accepted: None,
@@ -110,7 +116,46 @@ impl SvmVcpu {
         b.g_pat = PAT_RESET;
         b.dr6 = DR6_RESET;
         b.dr7 = DR7_RESET;
+        vcpu.set_system(&state.system);
         vcpu
+    }
+
+    fn set_system(&mut self, s: &SystemState) {
+        let b = self.block_mut();
+        (b.cs, b.ds, b.es, b.fs, b.gs, b.ss) = (s.cs, s.ds, s.es, s.fs, s.gs, s.ss);
+        (b.ldtr, b.tr, b.gdtr, b.idtr) = (s.ldtr, s.tr, table_segment(s.gdtr), table_segment(s.idtr));
+        (b.cr0, b.cr2, b.cr3, b.cr4) = (s.cr0, s.cr2, s.cr3, s.cr4);
+        b.efer = s.efer | EFER_SVME;
+        (b.dr6, b.dr7, b.cpl) = (s.dr6, s.dr7, s.cpl);
+    }
+
+    fn system(&self) -> SystemState {
+        let b = self.block();
+        SystemState {
+            cs: b.cs,
+            ds: b.ds,
+            es: b.es,
+            fs: b.fs,
+            gs: b.gs,
+            ss: b.ss,
+            ldtr: b.ldtr,
+            tr: b.tr,
+            gdtr: table(&b.gdtr),
+            idtr: table(&b.idtr),
+            cr0: b.cr0,
+            cr2: b.cr2,
+            cr3: b.cr3,
+            cr4: b.cr4,
+            efer: b.efer & !EFER_SVME,
+            dr6: b.dr6,
+            dr7: b.dr7,
+            cpl: b.cpl,
+        }
+    }
+
+    /// Drops every cached translation at the next entry.
+    fn flush(&mut self) {
+        self.block_mut().tlb_control = vmcb::TLB_FLUSH_ALL;
     }
 
     fn block(&self) -> &Vmcb {
@@ -164,6 +209,7 @@ impl SvmVcpu {
         // Some emulators extend the code's low half only.
         let code = b.exit_code as u32;
         let (info1, info2, next_rip) = (b.exit_info1, b.exit_info2, b.next_rip);
+        let delivering = b.exit_int_info & vmcb::EVENT_VALID != 0;
         self.next_rip = (self.nrip_save && next_rip != 0).then_some(next_rip);
         match code {
             exit_code::INTR => Exit::Interrupt,
@@ -175,7 +221,10 @@ impl SvmVcpu {
             exit_code::MSR if info1 == 0 => Exit::ReadMsr,
             exit_code::MSR => Exit::WriteMsr,
             exit_code::IOIO => Self::pio(info1, info2),
-            exit_code::NPF => Exit::NestedFault { address: GuestPhysAddr(info2) },
+            exit_code::NPF => Exit::NestedFault {
+                address: GuestPhysAddr(info2),
+                by_instruction: info1 & NPF_PAGE_WALK == 0 && !delivering,
+            },
             exit_code::XSETBV => Exit::Xsetbv,
             exit_code::INVD | exit_code::WBINVD => Exit::CacheFlush,
             exit_code::RDPMC => Exit::Faulting(Exception::GENERAL_PROTECTION),
@@ -214,47 +263,56 @@ const fn table_segment(table: TableRegister) -> Segment {
     Segment { selector: 0, attributes: 0, limit: table.limit as u32, base: table.base }
 }
 
+impl ControlRegisters for SvmVcpu {
+    fn cr0(&self) -> u64 {
+        self.block().cr0
+    }
+
+    fn cr4(&self) -> u64 {
+        self.block().cr4
+    }
+
+    fn efer(&self) -> u64 {
+        self.block().efer & !EFER_SVME
+    }
+
+    fn cpl(&self) -> u8 {
+        self.block().cpl
+    }
+}
+
 impl VendorVcpu for SvmVcpu {
-    fn registers(&mut self) -> &mut Registers {
-        &mut self.registers
+    fn gpr(&self, register: Gpr) -> u64 {
+        self.registers.get(register)
     }
 
-    fn system(&self) -> SystemState {
-        let b = self.block();
-        SystemState {
-            cs: b.cs,
-            ds: b.ds,
-            es: b.es,
-            fs: b.fs,
-            gs: b.gs,
-            ss: b.ss,
-            ldtr: b.ldtr,
-            tr: b.tr,
-            gdtr: table(&b.gdtr),
-            idtr: table(&b.idtr),
-            cr0: b.cr0,
-            cr2: b.cr2,
-            cr3: b.cr3,
-            cr4: b.cr4,
-            efer: b.efer & !EFER_SVME,
-            dr6: b.dr6,
-            dr7: b.dr7,
-            cpl: b.cpl,
-        }
+    fn set_gpr(&mut self, register: Gpr, value: u64) {
+        self.registers.set(register, value);
     }
 
-    fn set_system(&mut self, s: &SystemState) {
-        let b = self.block_mut();
-        (b.cs, b.ds, b.es, b.fs, b.gs, b.ss) = (s.cs, s.ds, s.es, s.fs, s.gs, s.ss);
-        (b.ldtr, b.tr, b.gdtr, b.idtr) = (s.ldtr, s.tr, table_segment(s.gdtr), table_segment(s.idtr));
-        (b.cr0, b.cr2, b.cr3, b.cr4) = (s.cr0, s.cr2, s.cr3, s.cr4);
-        b.efer = s.efer | EFER_SVME;
-        (b.dr6, b.dr7, b.cpl) = (s.dr6, s.dr7, s.cpl);
+    fn rip(&self) -> u64 {
+        self.registers.rip
     }
 
-    fn context(&self) -> CpuContext {
-        let b = self.block();
-        CpuContext { cr0: b.cr0, cr4: b.cr4, efer: b.efer & !EFER_SVME, cpl: b.cpl }
+    fn set_rip(&mut self, value: u64) {
+        self.registers.rip = value;
+    }
+
+    fn rflags(&self) -> u64 {
+        self.registers.rflags
+    }
+
+    fn state(&self) -> VcpuState {
+        VcpuState { registers: self.registers, system: self.system() }
+    }
+
+    fn set_registers(&mut self, state: &VcpuState) {
+        self.registers = state.registers;
+        self.block_mut().dr6 = state.system.dr6;
+    }
+
+    fn note_single_step(&mut self) {
+        self.block_mut().dr6 |= DR6_SINGLE_STEP;
     }
 
     fn set_efer(&mut self, value: u64) {
@@ -283,10 +341,6 @@ impl VendorVcpu for SvmVcpu {
         self.block_mut().interrupt_shadow = 0;
     }
 
-    fn interrupts_enabled(&self) -> bool {
-        self.registers.rflags & RFLAGS_IF != 0
-    }
-
     fn inject(&mut self, exception: Exception) {
         let b = self.block_mut();
         if b.event_inject & vmcb::EVENT_VALID != 0 {
@@ -313,7 +367,7 @@ impl VendorVcpu for SvmVcpu {
     }
 
     fn offer_interrupt(&mut self, vector: Option<Vector>) {
-        let open = self.interrupts_enabled();
+        let open = self.registers.rflags & RFLAGS_IF != 0;
         self.offered = None;
         let b = self.block_mut();
         b.int_control &= !vmcb::V_IRQ;
@@ -340,10 +394,6 @@ impl VendorVcpu for SvmVcpu {
         self.accepted.take()
     }
 
-    fn flush(&mut self) {
-        self.block_mut().tlb_control = vmcb::TLB_FLUSH_ALL;
-    }
-
     fn load(&mut self, tsc_aux: u64) {
         let [dr0, dr1, dr2, dr3] = self.debug;
         // SAFETY: L1 uses no debug register, and DR7, which arms them, comes from the VMCB.
@@ -352,10 +402,6 @@ impl VendorVcpu for SvmVcpu {
         }
         self.load_tsc_aux(tsc_aux);
         self.flush();
-    }
-
-    fn set_dr6(&mut self, value: u64) {
-        self.block_mut().dr6 = value;
     }
 
     fn load_tsc_aux(&mut self, value: u64) {
@@ -372,6 +418,14 @@ impl VendorVcpu for SvmVcpu {
             core::arch::asm!("mov {}, dr0", "mov {}, dr1", "mov {}, dr2", "mov {}, dr3", out(reg) dr0, out(reg) dr1, out(reg) dr2, out(reg) dr3, options(nomem, nostack, preserves_flags));
         }
         self.debug = [dr0, dr1, dr2, dr3];
+    }
+
+    fn arm(&mut self, due: Option<RangeInclusive<u64>>) {
+        apic::timer_arm(due.map(|due| *due.end()));
+    }
+
+    fn accesses(&self) -> u64 {
+        0
     }
 
     fn run(&mut self) -> Exit {
