@@ -23,15 +23,16 @@ pub(super) enum Progress {
     Partial,
 }
 
-/// Carries out `instruction`, all but the move of RIP.
+/// Carries out `instruction`, all but the move of RIP; of a repeated one a single iteration when `single_step`.
 pub(super) fn execute(
     machine: &mut Machine<'_>,
     instruction: &Instruction,
     window: &fetch::Window,
+    single_step: bool,
 ) -> Result<Progress, Stop> {
     let unsupported = window.unsupported();
     if string::is_string(instruction.mnemonic()) {
-        return string::execute(machine, instruction).ok_or(unsupported)?;
+        return string::execute(machine, instruction, single_step).ok_or(unsupported)?;
     }
     let mut executor = Executor { machine, instruction, unsupported };
     executor.run().map(|()| Progress::Done)

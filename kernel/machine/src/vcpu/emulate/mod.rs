@@ -95,18 +95,22 @@ pub fn emulate(state: &mut VcpuState, bus: &mut dyn Bus) -> Emulation {
     };
     let single_step = state.registers.rflags & flags::TRAP != 0;
     let mut machine = Machine::new(state, bus);
-    match execute::execute(&mut machine, &instruction, &window) {
-        Ok(Progress::Partial) => Emulation::Partial,
-        Ok(Progress::Done) => {
-            let next = state.registers.rip.wrapping_add(instruction.len() as u64);
-            state.registers.rip = CodeSize::of(state).wrap(next);
-            state.registers.rflags &= !flags::RESUME;
-            if !single_step {
-                return Emulation::Done;
-            }
-            state.system.dr6 |= DR6_SINGLE_STEP;
-            Emulation::Fault(Exception { vector: Vector(1), error_code: None, cr2: None })
-        }
-        Err(stop) => stop.into(),
+    let progress = match execute::execute(&mut machine, &instruction, &window, single_step) {
+        Ok(progress) => progress,
+        Err(stop) => return stop.into(),
+    };
+    if progress == Progress::Done {
+        let next = state.registers.rip.wrapping_add(instruction.len() as u64);
+        state.registers.rip = CodeSize::of(state).wrap(next);
+        state.registers.rflags &= !flags::RESUME;
+    }
+    if single_step {
+        // After each iteration of a repeated string instruction too, with RIP still at it (SDM vol. 3, 18.3.1.4).
+        state.system.dr6 |= DR6_SINGLE_STEP;
+        return Emulation::Fault(Exception { vector: Vector(1), error_code: None, cr2: None });
+    }
+    match progress {
+        Progress::Done => Emulation::Done,
+        Progress::Partial => Emulation::Partial,
     }
 }

@@ -86,10 +86,11 @@ impl Registers {
     }
 }
 
-/// Carries out a string instruction; `None` when it is not one after all.
+/// Carries out a string instruction, one iteration of it when `single_step`; `None` when it is not one after all.
 pub(super) fn execute(
     machine: &mut Machine<'_>,
     instruction: &Instruction,
+    single_step: bool,
 ) -> Option<Result<Progress, Stop>> {
     let (operation, bytes) = Operation::of(instruction.mnemonic())?;
     let string = StringInstruction {
@@ -114,7 +115,7 @@ pub(super) fn execute(
     if !instruction.has_rep_prefix() && !instruction.has_repne_prefix() {
         return Some(string.iterate(machine).map(|()| Progress::Done));
     }
-    Some(string.repeat(machine))
+    Some(string.repeat(machine, if single_step { 1 } else { ITERATIONS }))
 }
 
 struct StringInstruction {
@@ -128,8 +129,8 @@ struct StringInstruction {
 }
 
 impl StringInstruction {
-    fn repeat(&self, machine: &mut Machine<'_>) -> Result<Progress, Stop> {
-        for _ in 0..ITERATIONS {
+    fn repeat(&self, machine: &mut Machine<'_>, iterations: u32) -> Result<Progress, Stop> {
+        for _ in 0..iterations {
             let count = machine.register(self.registers.count).unwrap_or(0);
             if count == 0 {
                 return Ok(Progress::Done);

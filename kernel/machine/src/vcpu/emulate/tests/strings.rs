@@ -141,3 +141,19 @@ fn a_32_bit_address_size_counts_in_ecx() {
     assert_eq!(state.registers.get(Gpr::Rcx), 0);
     assert_eq!(state.registers.get(Gpr::Rdi), DEVICE + 2);
 }
+
+#[test]
+fn single_step_traps_after_each_iteration() {
+    // rep outsb
+    let (mut state, mut board) = long_mode(&[0xF3, 0x6E]);
+    state.registers.set(Gpr::Rsi, CODE);
+    state.registers.set(Gpr::Rcx, 2);
+    state.registers.rflags |= 1 << 8;
+    let debug = Emulation::Fault(Exception { vector: Vector(1), error_code: None, cr2: None });
+    for (left, rip) in [(1, CODE), (0, CODE + 2)] {
+        state.system.dr6 = 0xFFFF_0FF0;
+        assert_eq!(emulate(&mut state, &mut board), debug);
+        assert_eq!((state.registers.get(Gpr::Rcx), state.registers.rip), (left, rip));
+        assert_eq!(state.system.dr6, 0xFFFF_4FF0);
+    }
+}
