@@ -17,7 +17,7 @@ use alloc::boxed::Box;
 use alloc::vec::Vec;
 use boot::BootInfo;
 use drivers::acpi::Firmware;
-use hypervisor::{Backend, Fleet, Svm};
+use hypervisor::{Backend, Fleet, Svm, Vmx};
 use memory::frames::FramePool;
 use service::Service;
 use service::entropy::RandomSource;
@@ -43,7 +43,18 @@ fn run(boot: &BootInfo, entry_tsc: u64) -> ! {
         None => log::warn!("no clock tells the date: times in answers start in 1970"),
     }
     let components = cpu::fpu::init().unwrap_or_else(|error| refuse(&error));
-    let backend = Svm::enable().unwrap_or_else(|refusal| refuse(&refusal));
+    // The one place that knows of vendors: everything from here on exists once for each.
+    if hypervisor::wants_svm() {
+        run_on::<Svm>(boot, frames, clock, components)
+    } else {
+        run_on::<Vmx>(boot, frames, clock, components)
+    }
+}
+
+/// The rest of the boot order, on one vendor's virtualization.
+fn run_on<B: Backend>(boot: &BootInfo, frames: FramePool, clock: cpu::clock::Source, components: u64) -> ! {
+    let firmware = find_firmware(boot);
+    let backend = B::enable().unwrap_or_else(|refusal| refuse(&refusal));
     report(firmware, clock, &frames, &backend);
     let nic = drivers::nic::find(firmware).unwrap_or_else(|error| refuse(&error));
     let mut random = RandomSource::gather(&nic.mac());

@@ -27,6 +27,30 @@ pub enum Gpr {
     R15 = 15,
 }
 
+impl Gpr {
+    /// The register with this number; only the low four bits count.
+    pub const fn from_number(number: u8) -> Self {
+        match number & 0xF {
+            0 => Self::Rax,
+            1 => Self::Rcx,
+            2 => Self::Rdx,
+            3 => Self::Rbx,
+            4 => Self::Rsp,
+            5 => Self::Rbp,
+            6 => Self::Rsi,
+            7 => Self::Rdi,
+            8 => Self::R8,
+            9 => Self::R9,
+            10 => Self::R10,
+            11 => Self::R11,
+            12 => Self::R12,
+            13 => Self::R13,
+            14 => Self::R14,
+            _ => Self::R15,
+        }
+    }
+}
+
 /// General-purpose registers, instruction pointer and flags.
 #[derive(Clone, Copy, Default, Debug)]
 #[repr(C)]

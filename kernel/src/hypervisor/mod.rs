@@ -9,9 +9,21 @@ mod ram;
 mod refusal;
 mod run;
 mod svm;
+mod vmx;
+
+use crate::cpu::features::cpuid;
+use nestling_machine::vcpu::HostCpuid;
 
 pub use backend::Backend;
 pub use exit::ExitCounts;
 pub use fleet::{Fleet, MachineId};
 pub use machine::{CreateError, End};
 pub use svm::Svm;
+pub use vmx::Vmx;
+
+/// Whether the processor is one for [`Svm`]: it offers SVM, or is of a vendor whose processors would.
+pub fn wants_svm() -> bool {
+    const SVM: u32 = 1 << 2;
+    let offers = cpuid(0x8000_0000, 0)[0] >= 0x8000_0001 && cpuid(0x8000_0001, 0)[2] & SVM != 0;
+    offers || HostCpuid::read(cpuid).is_amd()
+}
