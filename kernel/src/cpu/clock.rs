@@ -2,6 +2,9 @@
 //!
 //! In order of trust: the rate the hypervisor states (kvm-clock, then CPUID leaf 0x4000_0010), the processor's own leaf 0x15
 //! with a crystal frequency, and otherwise a measurement against the ACPI PM timer (ACPI 6.5, 4.8.2.1) or the PIT.
+//!
+//! Leaf 0x15 tells of the processor that the VM was given the name of, which need not be the one it runs on: it is believed only when a
+//! measurement of a millisecond agrees.
 
 use super::{apic, features};
 use core::arch::x86_64::_rdtsc;
@@ -18,7 +21,16 @@ static UNIX_AT_BASE: AtomicU64 = AtomicU64::new(0);
 
 const PM_TIMER_HZ: u64 = 3_579_545;
 const PIT_HZ: u64 = 1_193_182;
+/// How long to measure for a rate to rely on: a tick of the PM timer is 0.003 % of it.
 const MEASURE_NS: u64 = 10_000_000;
+/// How long to measure to check a stated rate.
+const CHECK_NS: u64 = 1_000_000;
+/// The part of a stated rate by which a measurement of it may differ: 1/32 is 3 %, as in a VM that was not running for a moment.
+const TOLERANCE: u64 = 32;
+/// Reads of a timer before it is taken for one that stands still: of the fastest some 0.1 us each, of an emulated one microseconds.
+const MOST_READS: u32 = 1_000_000;
+/// The rate where nothing tells or measures it, in kHz.
+const ASSUMED_KHZ: u64 = 1_000_000;
 
 /// Where the TSC's rate came from.
 #[derive(Clone, Copy, Debug)]
@@ -33,6 +45,8 @@ pub enum Source {
     PmTimer,
     /// Measured against the PIT.
     Pit,
+    /// No timer runs and nothing states a rate.
+    Assumed,
 }
 
 impl fmt::Display for Source {
@@ -43,6 +57,7 @@ impl fmt::Display for Source {
             Self::CrystalLeaf => "CPUID leaf 0x15",
             Self::PmTimer => "the ACPI PM timer",
             Self::Pit => "the PIT",
+            Self::Assumed => "assumption, since no timer runs",
         })
     }
 }
@@ -91,23 +106,61 @@ pub fn set_unix_ns(now: u64) {
 /// Finds the rates of the TSC and of the APIC timer. `entry_tsc` becomes time zero; `pm_timer` is the I/O port of the PM timer.
 pub fn init(entry_tsc: u64, pm_timer: Option<u16>) -> Source {
     BASE.store(entry_tsc, Ordering::Relaxed);
-    let stated = kvm_clock().or_else(hypervisor_leaf).or_else(crystal_leaf);
-    let (khz, source) = match stated {
-        Some((khz, source)) if features::has_tsc_deadline() => {
+    let (khz, source) = match kvm_clock().or_else(hypervisor_leaf) {
+        Some(stated) if features::has_tsc_deadline() => {
             apic::timer_init(0, 1);
-            (khz, source)
+            stated
         }
-        _ => {
-            let (measured, apic_ticks) = measure(pm_timer);
-            let (khz, source) =
-                stated.unwrap_or((measured, if pm_timer.is_some() { Source::PmTimer } else { Source::Pit }));
-            apic::timer_init(apic_ticks, MEASURE_NS);
-            (khz, source)
+        Some(stated) => {
+            init_apic_timer(measure(pm_timer, MEASURE_NS).as_ref());
+            stated
         }
+        None => checked_or_measured(pm_timer),
     };
     KHZ.store(khz, Ordering::Relaxed);
     NS_PER_TICK.store(((1_000_000u128 << 32) / u128::from(khz.max(1))) as u64, Ordering::Relaxed);
+    if let Some((stated, _)) = crystal_leaf()
+        && matches!(source, Source::PmTimer | Source::Pit)
+    {
+        log::warn!(
+            "CPUID leaf 0x15 says that the TSC runs at {} MHz, but {source} measures {} MHz, which is used",
+            stated / 1000,
+            khz / 1000
+        );
+    }
     source
+}
+
+/// The rate that leaf 0x15 states when a measurement agrees, else the measured one.
+fn checked_or_measured(pm_timer: Option<u16>) -> (u64, Source) {
+    let stated = crystal_leaf();
+    if let Some((khz, _)) = stated
+        && features::has_tsc_deadline()
+        && measure(pm_timer, CHECK_NS).is_none_or(|measured| agree(khz, measured.khz))
+    {
+        apic::timer_init(0, 1);
+        return (khz, Source::CrystalLeaf);
+    }
+    let measured = measure(pm_timer, MEASURE_NS);
+    init_apic_timer(measured.as_ref());
+    match (stated, measured) {
+        (Some(stated), Some(measured)) if agree(stated.0, measured.khz) => stated,
+        (_, Some(measured)) => (measured.khz, measured.source),
+        (Some(stated), None) => stated,
+        (None, None) => (ASSUMED_KHZ, Source::Assumed),
+    }
+}
+
+fn agree(stated: u64, measured: u64) -> bool {
+    stated.abs_diff(measured) <= stated / TOLERANCE
+}
+
+fn init_apic_timer(measured: Option<&Measurement>) {
+    match measured {
+        Some(measured) => apic::timer_init(measured.apic_ticks, measured.ns),
+        // As fast as the TSC is assumed to be: early firings do no harm.
+        None => apic::timer_init(ASSUMED_KHZ, 1_000_000),
+    }
 }
 
 fn kvm_clock() -> Option<(u64, Source)> {
@@ -159,18 +212,30 @@ fn crystal_leaf() -> Option<(u64, Source)> {
     Some((hz / 1000, Source::CrystalLeaf))
 }
 
-/// TSC kHz, and APIC timer ticks in [`MEASURE_NS`].
-fn measure(pm_timer: Option<u16>) -> (u64, u64) {
-    apic::count_start();
-    let (ticks, hz, apic_ticks, elapsed) = match pm_timer {
-        Some(port) => measure_pm(port),
-        None => measure_pit(),
-    };
-    let elapsed = elapsed.max(1);
-    let khz = u128::from(ticks) * u128::from(hz) / u128::from(elapsed) / 1000;
-    let ns = u128::from(elapsed) * 1_000_000_000 / u128::from(hz);
-    let apic_ticks = u128::from(apic_ticks) * u128::from(MEASURE_NS) / ns.max(1);
-    (khz as u64, apic_ticks as u64)
+/// What was counted while a timer of known rate ran.
+struct Measurement {
+    /// Rate of the TSC.
+    khz: u64,
+    /// Ticks of the APIC timer in `ns`.
+    apic_ticks: u64,
+    /// How long it took.
+    ns: u64,
+    source: Source,
+}
+
+impl Measurement {
+    /// From differences: of the TSC, of the APIC timer, and of a timer that runs at `hz`.
+    fn new(ticks: u64, apic_ticks: u32, elapsed: u64, hz: u64, source: Source) -> Option<Self> {
+        let khz = u128::from(ticks) * u128::from(hz) / u128::from(elapsed).checked_mul(1000)?.max(1);
+        let ns = u128::from(elapsed) * 1_000_000_000 / u128::from(hz);
+        let khz = u64::try_from(khz).ok().filter(|khz| *khz != 0)?;
+        Some(Self { khz, apic_ticks: u64::from(apic_ticks), ns: u64::try_from(ns).ok()?, source })
+    }
+}
+
+/// The rates of the TSC and of the APIC timer by `ns` of the PM timer, or of the PIT where there is none or it stands still.
+fn measure(pm_timer: Option<u16>, ns: u64) -> Option<Measurement> {
+    pm_timer.and_then(|port| measure_pm(port, ns)).or_else(|| measure_pit(ns))
 }
 
 /// One reading of a counter with the TSC around it; the narrowest of a few counts, since any one may have been interrupted by L0.
@@ -187,24 +252,24 @@ fn bracket(mut read: impl FnMut() -> u64) -> (u64, u64) {
     (best.1, best.2)
 }
 
-fn measure_pm(port: u16) -> (u64, u64, u64, u64) {
+fn measure_pm(port: u16, ns: u64) -> Option<Measurement> {
     // SAFETY: the FADT names this port; reading it has no effect. The upper byte may be absent, so 24 bits are used.
     let mut read = || u64::from(unsafe { Port::<u32>::new(port).read() } & 0xFF_FFFF);
-    let apic_start = apic::count_elapsed();
+    apic::count_start();
     let (tsc_start, start) = bracket(&mut read);
-    let target = PM_TIMER_HZ * MEASURE_NS / 1_000_000_000;
-    let mut spins = 0u32;
-    while (read().wrapping_sub(start) & 0xFF_FFFF) < target && spins < 10_000_000 {
-        spins += 1;
+    let target = PM_TIMER_HZ * ns / 1_000_000_000;
+    let passed = |now: u64| now.wrapping_sub(start) & 0xFF_FFFF;
+    if !(0..MOST_READS).any(|_| passed(read()) >= target) {
+        return None;
     }
     let (tsc_end, end) = bracket(&mut read);
-    let apic_end = apic::count_elapsed();
-    (tsc_end - tsc_start, PM_TIMER_HZ, u64::from(apic_end - apic_start), end.wrapping_sub(start) & 0xFF_FFFF)
+    let apic_ticks = apic::count_elapsed();
+    Measurement::new(tsc_end - tsc_start, apic_ticks, passed(end), PM_TIMER_HZ, Source::PmTimer)
 }
 
-fn measure_pit() -> (u64, u64, u64, u64) {
+fn measure_pit(ns: u64) -> Option<Measurement> {
     // Intel 8254, mode 0 on channel 2: OUT2 (port 0x61 bit 5) rises when the count has run out.
-    let target = PIT_HZ * MEASURE_NS / 1_000_000_000;
+    let target = PIT_HZ * ns / 1_000_000_000;
     // SAFETY: the PIT's own ports; channel 2 drives nothing but the speaker, whose gate stays off.
     unsafe {
         let mut gate = Port::<u8>::new(0x61);
@@ -213,11 +278,12 @@ fn measure_pit() -> (u64, u64, u64, u64) {
         Port::<u8>::new(0x43).write(0b1011_0000u8);
         Port::<u8>::new(0x42).write(target as u8);
         Port::<u8>::new(0x42).write((target >> 8) as u8);
-        let (start, apic_start) = (tsc(), apic::count_elapsed());
-        let mut spins = 0u32;
-        while gate.read() & 1 << 5 == 0 && spins < 10_000_000 {
-            spins += 1;
+        apic::count_start();
+        let start = tsc();
+        if !(0..MOST_READS).any(|_| gate.read() & 1 << 5 != 0) {
+            return None;
         }
-        (tsc() - start, PIT_HZ, u64::from(apic::count_elapsed() - apic_start), target)
+        let (ticks, apic_ticks) = (tsc() - start, apic::count_elapsed());
+        Measurement::new(ticks, apic_ticks, target, PIT_HZ, Source::Pit)
     }
 }

@@ -168,6 +168,8 @@ impl Firmware {
     /// Powers the machine off. Returns only where the firmware names no way to, or the way did not work
     /// within some milliseconds.
     pub fn power_off(&self) {
+        // The serial port's last bytes would be lost with the power.
+        log::logger().flush();
         match self.power_off {
             Some(PowerOff::Pm1 { control_a, control_b, type_a, type_b, enable }) => {
                 if let Some((command, value)) = enable

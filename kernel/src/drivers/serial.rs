@@ -8,8 +8,12 @@ use x86_64::instructions::port::Port;
 
 const BASE: u16 = 0x3F8;
 /// Line status bit 5: the transmit FIFO is empty.
-const TRANSMITTER_EMPTY: u8 = 1 << 5;
+const FIFO_EMPTY: u8 = 1 << 5;
+/// Line status bit 6: and the last bit is on the line.
+const LINE_IDLE: u8 = 1 << 6;
 const FIFO_DEPTH: usize = 16;
+/// How often the status is read before a port is taken for stuck: 16 bytes take 1.4 ms, a read 0.1 us at least.
+const MOST_READS: usize = 1_000_000;
 
 /// The port as a text sink.
 struct Serial;
@@ -17,19 +21,25 @@ struct Serial;
 impl Write for Serial {
     fn write_str(&mut self, text: &str) -> fmt::Result {
         let mut data = Port::<u8>::new(BASE);
-        let mut status = Port::<u8>::new(BASE + 5);
         for chunk in text.as_bytes().chunks(FIFO_DEPTH) {
-            // A port that is not there reads as all ones, so this ends.
-            // SAFETY: the line status register; reading it has no effect on memory.
-            while unsafe { status.read() } & TRANSMITTER_EMPTY == 0 {
-                core::hint::spin_loop();
-            }
+            wait_for(FIFO_EMPTY);
             for &byte in chunk {
                 // SAFETY: the transmit FIFO was empty and takes 16 bytes.
                 unsafe { data.write(byte) };
             }
         }
         Ok(())
+    }
+}
+
+/// Waits for a bit of the line status. A port that is not there reads as all ones.
+fn wait_for(status: u8) {
+    for _ in 0..MOST_READS {
+        // SAFETY: the line status register; reading it has no effect on memory.
+        if unsafe { Port::<u8>::new(BASE + 5).read() } & status != 0 {
+            break;
+        }
+        core::hint::spin_loop();
     }
 }
 
@@ -61,7 +71,9 @@ impl Log for Logger {
         };
     }
 
-    fn flush(&self) {}
+    fn flush(&self) {
+        wait_for(LINE_IDLE);
+    }
 }
 
 /// Sets the port to 115200 8N1 with FIFOs and makes it the log, at level info.
