@@ -11,9 +11,9 @@ use std::path::{Path, PathBuf};
 use tar::{Archive, Builder, EntryType, Header};
 
 /// Where the protected-mode part is loaded.
-const LOAD: u64 = 0x100_0000;
+pub const LOAD: u64 = 0x100_0000;
 /// The 64-bit entry point in the protected-mode part.
-const ENTRY: usize = 0x200;
+pub const ENTRY: usize = 0x200;
 const SECTOR: usize = 512;
 
 /// A bzImage that runs what `write` assembles.

@@ -1,6 +1,7 @@
 //! Helpers of the booting tests, which stand in `tests/boots`: nodes ([`node`]), jobs ([`job`]), HTTP byte by byte ([`http`]) and
-//! guests that are no Linux ([`guest`]).
+//! guests that are no Linux ([`guest`], and [`bare`] for those of the conformance tests, in `tests/conformance`).
 
+pub mod bare;
 pub mod guest;
 pub mod http;
 pub mod job;

@@ -19,7 +19,7 @@ const BLOCK: usize = 512;
 /// A manifest is a small file.
 const MAX_MANIFEST_BYTES: usize = 64 * 1024;
 /// The most images a node keeps.
-const MAX_IMAGES: usize = 64;
+const MAX_IMAGES: usize = 256;
 
 /// One image.
 #[derive(Debug, Clone)]

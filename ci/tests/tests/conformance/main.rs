@@ -1,0 +1,50 @@
+//! What a machine's processor does, by bare guests of one behaviour each, the same on every vendor.
+//!
+//! Every guest is an image of one bundle beside `minimal`, so that a node boots once and runs each as a job. The bed is named by
+//! `NESTLING_BED`. What is expected comes from the manuals: Intel SDM, AMD APM.
+
+mod instructions;
+
+use nestling::bed::{Bed, BedBuilder, RunningBed};
+use nestling_tests::bare::{self, Facts, Program};
+use nestling_tests::guest::bundle;
+use nestling_tests::node::Shared;
+use std::path::PathBuf;
+
+/// The guests of all files.
+const GUESTS: &[&[(&str, Program)]] = &[instructions::GUESTS];
+
+/// The node that runs them.
+static NODE: Shared = Shared::new(node_with_guests);
+
+fn node_with_guests() -> BedBuilder {
+    let minimal = nestling::image::find(None).unwrap_or_else(|error| panic!("{error}"));
+    let guests = GUESTS.iter().copied().flatten().map(|(name, program)| (image(name), bare::image(*program)));
+    let guests: Vec<(String, Vec<u8>)> = guests.collect();
+    let guests: Vec<(&str, Vec<u8>)> =
+        guests.iter().map(|(name, image)| (name.as_str(), image.clone())).collect();
+    Bed::builder().image(bundle(&bundle_path(), &minimal, &guests))
+}
+
+/// Where the bundle is until the node has read it.
+fn bundle_path() -> PathBuf {
+    std::env::temp_dir().join(format!("nestling-conformance-{}.tar", std::process::id()))
+}
+
+/// The name of a guest's image.
+fn image(name: &str) -> String {
+    format!("conformance-{name}")
+}
+
+/// The node of this binary's tests.
+fn node() -> &'static RunningBed {
+    let node = NODE.get();
+    let _ = std::fs::remove_file(bundle_path());
+    node
+}
+
+/// Runs a guest to its proper end.
+#[track_caller]
+fn run(name: &str) -> Facts {
+    bare::run(node(), &image(name))
+}
