@@ -42,7 +42,7 @@ fn run(boot: &BootInfo, entry_tsc: u64) -> ! {
         Some(seconds) => cpu::clock::set_unix_ns(seconds * 1_000_000_000),
         None => log::warn!("no clock tells the date: times in answers start in 1970"),
     }
-    let components = cpu::fpu::init().unwrap_or_else(|error| refuse(&error));
+    let components = cpu::fpu::init();
     // The one place that knows of vendors: everything from here on exists once for each.
     if hypervisor::wants_svm() {
         run_on::<Svm>(boot, frames, clock, components)

@@ -124,8 +124,8 @@ pub fn init(entry_tsc: u64, pm_timer: Option<u16>) -> Source {
     {
         log::warn!(
             "CPUID leaf 0x15 says that the TSC runs at {} MHz, but {source} measures {} MHz, which is used",
-            stated / 1000,
-            khz / 1000
+            (stated + 500) / 1000,
+            (khz + 500) / 1000
         );
     }
     source

@@ -34,6 +34,11 @@ pub fn has_tsc_deadline() -> bool {
     leaf_1_ecx() & 1 << 24 != 0
 }
 
+/// XSAVE and its control register.
+pub fn has_xsave() -> bool {
+    leaf_1_ecx() & 1 << 26 != 0
+}
+
 /// RDTSCP and its MSR, TSC_AUX.
 pub fn has_rdtscp() -> bool {
     static CACHED: AtomicU32 = AtomicU32::new(UNREAD);

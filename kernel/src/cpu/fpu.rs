@@ -1,9 +1,11 @@
 //! Vector and x87 state. The kernel is compiled without either, so a guest's state stays in the registers until the core
 //! switches to another vCPU.
 //!
-//! Intel SDM vol. 1, 13 "XSAVE"; AMD APM vol. 2, 11.5.
+//! Processors before XSAVE (Intel's before 2011, AMD's before 2011) have x87 and SSE only, which FXSAVE keeps.
+//!
+//! Intel SDM vol. 1, 10.5 "FXSAVE and FXRSTOR", 13 "XSAVE"; AMD APM vol. 2, 11.5.
 
-use super::features::cpuid;
+use super::features::{cpuid, has_xsave};
 use alloc::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use core::arch::asm;
 use core::ptr::NonNull;
@@ -13,44 +15,47 @@ use x86_64::registers::xcontrol::XCr0;
 /// The components L1 knows how to keep apart between machines: x87, SSE, AVX, AVX-512, PKRU.
 pub const MANAGED: u64 = 0b10_1110_0111;
 
+/// What there is without XSAVE: x87 and SSE.
+const LEGACY: u64 = 0b11;
+/// Bytes of the area without state beyond the legacy region: 512, and the XSAVE header.
+const LEGACY_BYTES: u32 = 576;
+
 static NEUTRAL: u32 = 0;
 const MXCSR_RESET: u32 = 0x1F80;
 const FCW_RESET: u16 = 0x37F;
 
-/// Switches XSAVE on and every managed component the processor has.
-///
-/// # Errors
-/// A message when the processor has no XSAVE.
-pub fn init() -> Result<u64, &'static str> {
-    let [_, _, ecx, _] = cpuid(1, 0);
-    if ecx & 1 << 26 == 0 {
-        return Err(
-            "the CPU has no XSAVE, which keeps machines' vector state apart; choose a CPU model made since 2011",
-        );
-    }
-    // SAFETY: enables instructions that CPUID offers; the kernel itself uses no vector register.
+/// Switches on the vector units and, where there is XSAVE, every managed component that the processor has. The components that are
+/// kept apart.
+pub fn init() -> u64 {
+    let xsave = if has_xsave() { Cr4Flags::OSXSAVE } else { Cr4Flags::empty() };
+    // SAFETY: enables instructions that CPUID offers (every 64-bit processor has FXSAVE); the kernel itself uses no vector register.
     unsafe {
         Cr0::update(|cr0| {
             cr0.remove(Cr0Flags::EMULATE_COPROCESSOR | Cr0Flags::TASK_SWITCHED);
             cr0.insert(Cr0Flags::MONITOR_COPROCESSOR | Cr0Flags::NUMERIC_ERROR);
         });
-        Cr4::update(|cr4| cr4.insert(Cr4Flags::OSFXSR | Cr4Flags::OSXMMEXCPT_ENABLE | Cr4Flags::OSXSAVE));
+        Cr4::update(|cr4| cr4.insert(Cr4Flags::OSFXSR | Cr4Flags::OSXMMEXCPT_ENABLE | xsave));
+    }
+    if !has_xsave() {
+        return LEGACY;
     }
     let [eax, _, _, edx] = cpuid(0xD, 0);
     let components = (u64::from(edx) << 32 | u64::from(eax)) & MANAGED;
     load_xcr0(components);
-    Ok(components)
+    components
 }
 
-/// Loads XCR0, which must be valid: a subset of what [`init`] returned that keeps the architecture's rules.
+/// Loads XCR0, which must be valid: a subset of what [`init`] returned that keeps the architecture's rules. Without XSAVE there is none.
 pub fn load_xcr0(value: u64) {
-    // SAFETY: the caller passes a value already validated; it only decides which instructions fault.
-    unsafe { XCr0::write_raw(value) };
+    if has_xsave() {
+        // SAFETY: the caller passes a value already validated; it only decides which instructions fault.
+        unsafe { XCr0::write_raw(value) };
+    }
 }
 
 /// XCR0 as it is: a guest may have written it without an exit, since QEMU's emulation of SVM does not intercept XSETBV.
 pub fn xcr0() -> u64 {
-    XCr0::read_raw()
+    if has_xsave() { XCr0::read_raw() } else { LEGACY }
 }
 
 /// A vCPU's saved state.
@@ -64,7 +69,7 @@ impl XsaveArea {
     /// An area that restores the reset state of all `components`.
     pub fn new(components: u64) -> Self {
         load_xcr0(components);
-        let size = cpuid(0xD, 0)[1].max(576) as usize;
+        let size = if has_xsave() { cpuid(0xD, 0)[1].max(LEGACY_BYTES) } else { LEGACY_BYTES } as usize;
         let Ok(layout) = Layout::from_size_align(size, 64) else {
             unreachable!("the processor's save area is a few KiB")
         };
@@ -88,18 +93,28 @@ impl XsaveArea {
         unsafe {
             asm!("fnclex", "emms", "fild dword ptr [{}]", in(reg) &raw const NEUTRAL, options(nostack));
         }
+        let area = self.area.as_ptr();
         // SAFETY: the area is 64-byte aligned, large enough for the enabled components, and has a valid header.
         unsafe {
-            asm!("xrstor64 [{}]", in(reg) self.area.as_ptr(), in("eax") u32::MAX, in("edx") u32::MAX, options(nostack));
+            if has_xsave() {
+                asm!("xrstor64 [{}]", in(reg) area, in("eax") u32::MAX, in("edx") u32::MAX, options(nostack));
+            } else {
+                asm!("fxrstor64 [{}]", in(reg) area, options(nostack));
+            }
         }
     }
 
     /// Keeps the registers in the area.
     pub fn save(&mut self) {
         load_xcr0(self.components);
+        let area = self.area.as_ptr();
         // SAFETY: as above.
         unsafe {
-            asm!("xsave64 [{}]", in(reg) self.area.as_ptr(), in("eax") u32::MAX, in("edx") u32::MAX, options(nostack));
+            if has_xsave() {
+                asm!("xsave64 [{}]", in(reg) area, in("eax") u32::MAX, in("edx") u32::MAX, options(nostack));
+            } else {
+                asm!("fxsave64 [{}]", in(reg) area, options(nostack));
+            }
         }
     }
 }
