@@ -12,6 +12,8 @@ mod boot {
 }
 
 mod cpu {
+    pub fn take_interrupts() {}
+
     pub mod clock {
         pub fn now_ns() -> u64 {
             0
@@ -45,6 +47,28 @@ mod cpu {
 
         pub fn allocate(_: &'static str) -> Option<IrqLine> {
             None
+        }
+    }
+
+    pub mod pic {
+        pub struct LegacyLine;
+
+        impl LegacyLine {
+            pub fn new(_: u8) -> Option<Self> {
+                None
+            }
+
+            pub fn unmask(&self) {}
+
+            pub fn take_pending(&self) -> bool {
+                false
+            }
+        }
+
+        impl core::fmt::Display for LegacyLine {
+            fn fmt(&self, _: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+                Ok(())
+            }
         }
     }
 }
@@ -83,6 +107,7 @@ mod memory {
 mod drivers {
     pub mod acpi;
     pub mod dma;
+    pub mod e1000;
     pub mod nic;
     pub mod pci;
     pub mod rtc;

@@ -2,11 +2,10 @@
 //!
 //! Intel SDM vol. 3, 11.4 (xAPIC registers), 11.5.4 (timer), 11.12 (x2APIC); AMD APM vol. 2, 16.
 
-use super::{clock, features, interrupts};
+use super::{clock, features, interrupts, pic};
 use crate::memory::map_mmio;
 use core::ptr;
 use core::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering};
-use x86_64::instructions::port::Port;
 use x86_64::registers::model_specific::Msr;
 
 const APIC_BASE: u32 = 0x1B;
@@ -34,6 +33,7 @@ enum Register {
 const SOFTWARE_ENABLE: u32 = 1 << 8;
 const MASKED: u32 = 1 << 16;
 const DELIVER_NMI: u32 = 4 << 8;
+const DELIVER_EXTINT: u32 = 7 << 8;
 const MODE_TSC_DEADLINE: u32 = 2 << 17;
 const DIVIDE_BY_1: u32 = 0b1011;
 
@@ -83,10 +83,8 @@ pub fn init() {
             base.write(value);
             REGISTERS.store(map_mmio(value & 0xF_FFFF_F000, 4096).cast(), Ordering::Relaxed);
         }
-        // Both 8259s: mask every line. All devices here signal by message.
-        Port::<u8>::new(0x21).write(0xFF);
-        Port::<u8>::new(0xA1).write(0xFF);
     }
+    pic::silence();
     let id = read(Register::Id);
     ID.store(if is_x2apic() { id } else { id >> 24 }, Ordering::Relaxed);
     write(Register::TaskPriority, 0);
@@ -99,6 +97,11 @@ pub fn init() {
 /// Whether the APIC runs in x2APIC mode.
 pub fn is_x2apic() -> bool {
     MODE.load(Ordering::Relaxed) == MODE_X2APIC
+}
+
+/// Lets the 8259s interrupt this core; they give the vector.
+pub fn accept_legacy_interrupts() {
+    write(Register::LvtLint0, DELIVER_EXTINT);
 }
 
 /// This core's APIC ID.

@@ -1,12 +1,12 @@
 //! Interrupt lines of L1's own devices. A handler marks its line and acknowledges; the main loop does the work.
 
-use super::apic;
+use super::{apic, pic};
 use core::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 /// The APIC timer's vector.
 pub const TIMER: u8 = 0x20;
 const FIRST_DEVICE: u8 = 0x30;
-const LAST_DEVICE: u8 = 0xEF;
+const LAST_DEVICE: u8 = pic::FIRST_VECTOR - 1;
 /// The local APIC's spurious-interrupt vector, which takes no acknowledgement.
 pub const SPURIOUS: u8 = 0xFF;
 
@@ -42,13 +42,22 @@ impl IrqLine {
 
     /// Whether the device has interrupted since the last call.
     pub fn take_pending(&self) -> bool {
-        PENDING[usize::from(self.vector)].swap(false, Ordering::Relaxed)
+        take_vector(self.vector)
     }
+}
+
+/// Whether a vector has arrived since the last call.
+pub(super) fn take_vector(vector: u8) -> bool {
+    PENDING[usize::from(vector)].swap(false, Ordering::Relaxed)
 }
 
 /// Called by the trap entry for every vector from 32 up.
 pub fn arrived(vector: u8) {
     if vector == SPURIOUS {
+        return;
+    }
+    let legacy = pic::is_vector(vector);
+    if legacy && !pic::acknowledge(vector) {
         return;
     }
     PENDING[usize::from(vector)].store(true, Ordering::Relaxed);
@@ -58,7 +67,9 @@ pub fn arrived(vector: u8) {
     if vector >= FIRST_DEVICE {
         ANY_DEVICE.store(true, Ordering::Relaxed);
     }
-    apic::end_of_interrupt();
+    if !legacy {
+        apic::end_of_interrupt();
+    }
 }
 
 /// Whether any device has interrupted since [`take_device`].
@@ -73,5 +84,5 @@ pub fn take_device() -> bool {
 
 /// Whether the APIC timer has fired since the last call.
 pub fn take_timer() -> bool {
-    PENDING[usize::from(TIMER)].swap(false, Ordering::Relaxed)
+    take_vector(TIMER)
 }

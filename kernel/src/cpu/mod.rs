@@ -8,6 +8,7 @@ pub mod exceptions;
 pub mod features;
 pub mod fpu;
 pub mod interrupts;
+pub mod pic;
 
 use x86_64::instructions::{hlt, interrupts as flag};
 

@@ -2,6 +2,7 @@
 
 pub mod acpi;
 pub mod dma;
+pub mod e1000;
 pub mod nic;
 pub mod pci;
 pub mod rtc;

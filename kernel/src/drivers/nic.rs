@@ -2,8 +2,10 @@
 
 use alloc::boxed::Box;
 use alloc::string::String;
+use alloc::vec::Vec;
 
 use super::acpi::Firmware;
+use super::e1000::E1000;
 use super::pci::ConfigSpace;
 use super::virtio_net::VirtioNet;
 
@@ -36,22 +38,31 @@ pub trait Nic {
     fn has_interrupt(&self) -> bool;
 }
 
-/// The first usable network interface, or why there is none.
+/// The first usable network interface, virtio's before others, or why there is none.
 ///
 /// # Errors
 /// A message that names what was found and what to do.
 pub fn find(firmware: &Firmware) -> Result<Box<dyn Nic>, String> {
-    let advice = "give the VM a virtio-net PCI device (QEMU: -device virtio-net-pci,netdev=...)";
+    let advice = "give the VM a virtio-net or e1000 PCI device (QEMU: -device virtio-net-pci,netdev=... or \
+                  -device e1000,netdev=...)";
     let space = ConfigSpace::find(firmware).ok_or_else(|| alloc::format!("no PCI bus found; {advice}"))?;
-    let mut failure = None;
-    for function in space.functions() {
-        log::debug!("pci: {function}");
-        if VirtioNet::drives(&function) {
-            match VirtioNet::new(space, &function) {
-                Ok(nic) => return Ok(Box::new(nic)),
-                Err(error) => failure = Some(alloc::format!("virtio-net {function}: {error}; {advice}")),
-            }
+    let functions = space.functions();
+    functions.iter().for_each(|function| log::debug!("pci: {function}"));
+    let mut failures = Vec::new();
+    for function in functions.iter().filter(|function| VirtioNet::drives(function)) {
+        match VirtioNet::new(space, function) {
+            Ok(nic) => return Ok(Box::new(nic)),
+            Err(error) => failures.push(alloc::format!("virtio-net {function}: {error}")),
         }
     }
-    Err(failure.unwrap_or_else(|| alloc::format!("no supported network interface found; {advice}")))
+    for function in functions.iter().filter(|function| E1000::drives(function)) {
+        match E1000::new(space, function) {
+            Ok(nic) => return Ok(Box::new(nic)),
+            Err(error) => failures.push(alloc::format!("e1000 {function}: {error}")),
+        }
+    }
+    if failures.is_empty() {
+        failures.push("no supported network interface found".into());
+    }
+    Err(alloc::format!("{}; {advice}", failures.join("; ")))
 }

@@ -1,7 +1,8 @@
 //! PCI configuration: finding functions, their regions, and message-signalled interrupts.
 //!
-//! PCI Local Bus specification 3.0: 3.2.2.3.2 (configuration by ports 0xCF8 and 0xCFC), 6.1 (header), 6.2.5
-//! (base addresses), 6.8.2 (MSI-X). PCI Express Base specification: 7.2.2 (memory-mapped configuration).
+//! PCI Local Bus specification 3.0: 3.2.2.3.2 (configuration by ports 0xCF8 and 0xCFC), 6.1 (header), 6.2.4
+//! (interrupt line and pin), 6.2.5 (base addresses), 6.8.1 (MSI), 6.8.2 (MSI-X). PCI Express Base specification: 7.2.2
+//! (memory-mapped configuration).
 
 use alloc::vec::Vec;
 use core::fmt;
@@ -18,7 +19,12 @@ const NO_FUNCTION: u32 = u32::MAX;
 const MULTIPLE_FUNCTIONS: u32 = 1 << 23;
 const HEADER_TYPE: u32 = 0x7f << 16;
 const HEADER_TYPE_BRIDGE: u32 = 1 << 16;
+const INTERRUPT: u8 = 0x3c;
+const CAPABILITY_MSI: u8 = 0x05;
 const CAPABILITY_MSIX: u8 = 0x11;
+const MSI_ENABLE: u32 = 1 << 16;
+const MSI_SEVERAL_MESSAGES: u32 = 7 << 20;
+const MSI_64_BIT: u32 = 1 << 23;
 const MSIX_ENABLE: u32 = 1 << 31;
 const MSIX_MASK_ALL: u32 = 1 << 30;
 const MSIX_ENTRY_BYTES: u64 = 16;
@@ -67,6 +73,13 @@ pub struct Msix {
     capability: u8,
     /// Table entry 0.
     entry: Region,
+}
+
+/// Where a function's MSI capability lies.
+#[derive(Debug, Clone, Copy)]
+pub struct Msi {
+    /// Its offset in configuration space.
+    capability: u8,
 }
 
 /// How configuration space is reached.
@@ -178,6 +191,67 @@ impl ConfigSpace {
             .filter(|capability| capability.id == id)
             .map(|capability| capability.offset)
             .collect()
+    }
+
+    /// The line of the legacy interrupt controllers that the firmware routed the function's pin to (6.2.4); `None` if it
+    /// has no pin or the firmware routed it nowhere.
+    #[must_use]
+    pub fn interrupt_line(&self, function: DeviceFunction) -> Option<u8> {
+        let [line, pin, _, _] = self.read_word(function, INTERRUPT).to_le_bytes();
+        ((1..=4).contains(&pin) && line < 16).then_some(line)
+    }
+
+    /// Lets the function's pin interrupt and keeps all other functions' pins quiet: nobody would answer for one that
+    /// shares the line.
+    pub fn enable_line(&self, function: DeviceFunction) {
+        let mut root = PciRoot::new(*self);
+        for other in self.functions() {
+            let (_, command) = root.get_status_command(other.address);
+            if other.address != function && !command.contains(Command::INTERRUPT_DISABLE) {
+                root.set_command(other.address, command | Command::INTERRUPT_DISABLE);
+            }
+        }
+        let (_, command) = root.get_status_command(function);
+        root.set_command(function, command & !Command::INTERRUPT_DISABLE);
+    }
+
+    /// Keeps the function's pin quiet.
+    pub fn disable_line(&self, function: DeviceFunction) {
+        let mut root = PciRoot::new(*self);
+        let (_, command) = root.get_status_command(function);
+        root.set_command(function, command | Command::INTERRUPT_DISABLE);
+    }
+
+    /// The function's MSI capability, if it has one.
+    #[must_use]
+    pub fn msi(&self, function: DeviceFunction) -> Option<Msi> {
+        let capability = self.capabilities(function, CAPABILITY_MSI).first().copied()?;
+        Some(Msi { capability })
+    }
+
+    /// Makes the function signal by one interrupt message.
+    pub fn enable_msi(&self, function: DeviceFunction, msi: Msi, address: u64, data: u32) {
+        let mut space = *self;
+        let mut write =
+            |offset, value| space.write_word(function, msi.capability.wrapping_add(offset), value);
+        let control = self.read_word(function, msi.capability) & !(MSI_ENABLE | MSI_SEVERAL_MESSAGES);
+        let [a0, a1, a2, a3, b0, b1, b2, b3] = address.to_le_bytes();
+        write(0, control);
+        write(4, u32::from_le_bytes([a0, a1, a2, a3]));
+        if control & MSI_64_BIT == 0 {
+            write(8, data);
+        } else {
+            write(8, u32::from_le_bytes([b0, b1, b2, b3]));
+            write(12, data);
+        }
+        write(0, control | MSI_ENABLE);
+    }
+
+    /// Ends signalling by message.
+    pub fn disable_msi(&self, function: DeviceFunction, msi: Msi) {
+        let mut space = *self;
+        let control = self.read_word(function, msi.capability);
+        space.write_word(function, msi.capability, control & !MSI_ENABLE);
     }
 
     /// The function's MSI-X structures, if it has any.
