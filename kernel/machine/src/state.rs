@@ -136,6 +136,59 @@ pub struct SystemState {
     pub cpl: u8,
 }
 
+/// A segment register.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[expect(missing_docs, reason = "the registers' names say it all")]
+pub enum SegmentRegister {
+    Es,
+    Cs,
+    Ss,
+    Ds,
+    Fs,
+    Gs,
+}
+
+/// CR0, CR4, EFER and the privilege level: what CPUID and MSR policy rest on.
+///
+/// Each register of a vCPU is asked for by itself, and only where something rests on it, because reading one may cost the hypervisor an
+/// exit of its own.
+pub trait ControlRegisters {
+    /// CR0.
+    fn cr0(&self) -> u64;
+    /// CR4.
+    fn cr4(&self) -> u64;
+    /// EFER as the guest sees it.
+    fn efer(&self) -> u64;
+    /// Current privilege level, 0-3.
+    fn cpl(&self) -> u8;
+}
+
+/// The registers that instruction emulation reads and changes.
+pub trait CpuState: ControlRegisters {
+    /// A general-purpose register.
+    fn gpr(&self, register: Gpr) -> u64;
+    /// Sets a general-purpose register.
+    fn set_gpr(&mut self, register: Gpr, value: u64);
+    /// The instruction pointer.
+    fn rip(&self) -> u64;
+    /// Sets the instruction pointer.
+    fn set_rip(&mut self, value: u64);
+    /// The flags.
+    fn rflags(&self) -> u64;
+    /// Sets the flags.
+    fn set_rflags(&mut self, value: u64);
+    /// CR3.
+    fn cr3(&self) -> u64;
+    /// A segment register with its hidden part.
+    fn segment(&self, register: SegmentRegister) -> Segment;
+    /// A segment's base address alone.
+    fn segment_base(&self, register: SegmentRegister) -> u64;
+    /// The code segment's attributes alone, packed as in [`Segment`].
+    fn code_attributes(&self) -> u16;
+    /// Notes a single-step trap in DR6 (BS).
+    fn note_single_step(&mut self);
+}
+
 /// EFER.LMA: long mode is active.
 pub const EFER_LMA: u64 = 1 << 10;
 /// EFER.LME: long mode is enabled.
@@ -143,13 +196,87 @@ pub const EFER_LME: u64 = 1 << 8;
 /// EFER.NXE: no-execute pages are enabled.
 pub const EFER_NXE: u64 = 1 << 11;
 
-/// Everything that instruction emulation needs to see and may change.
+/// DR6.BS: a single step.
+pub const DR6_SINGLE_STEP: u64 = 1 << 14;
+
+/// All of a vCPU's registers.
 #[derive(Clone, Copy, Default, Debug)]
 pub struct VcpuState {
     /// General-purpose registers, RIP, RFLAGS.
     pub registers: Registers,
     /// Segments, control registers, tables.
     pub system: SystemState,
+}
+
+impl ControlRegisters for VcpuState {
+    fn cr0(&self) -> u64 {
+        self.system.cr0
+    }
+
+    fn cr4(&self) -> u64 {
+        self.system.cr4
+    }
+
+    fn efer(&self) -> u64 {
+        self.system.efer
+    }
+
+    fn cpl(&self) -> u8 {
+        self.system.cpl
+    }
+}
+
+impl CpuState for VcpuState {
+    fn gpr(&self, register: Gpr) -> u64 {
+        self.registers.get(register)
+    }
+
+    fn set_gpr(&mut self, register: Gpr, value: u64) {
+        self.registers.set(register, value);
+    }
+
+    fn rip(&self) -> u64 {
+        self.registers.rip
+    }
+
+    fn set_rip(&mut self, value: u64) {
+        self.registers.rip = value;
+    }
+
+    fn rflags(&self) -> u64 {
+        self.registers.rflags
+    }
+
+    fn set_rflags(&mut self, value: u64) {
+        self.registers.rflags = value;
+    }
+
+    fn cr3(&self) -> u64 {
+        self.system.cr3
+    }
+
+    fn segment(&self, register: SegmentRegister) -> Segment {
+        match register {
+            SegmentRegister::Es => self.system.es,
+            SegmentRegister::Cs => self.system.cs,
+            SegmentRegister::Ss => self.system.ss,
+            SegmentRegister::Ds => self.system.ds,
+            SegmentRegister::Fs => self.system.fs,
+            SegmentRegister::Gs => self.system.gs,
+        }
+    }
+
+    fn segment_base(&self, register: SegmentRegister) -> u64 {
+        self.segment(register).base
+    }
+
+    fn code_attributes(&self) -> u16 {
+        self.system.cs.attributes
+    }
+
+    fn note_single_step(&mut self) {
+        self.system.dr6 |= DR6_SINGLE_STEP;
+    }
 }
 
 /// An exception to deliver to the guest.

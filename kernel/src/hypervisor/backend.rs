@@ -5,8 +5,7 @@ use super::nested::NestedEntry;
 use super::refusal::Refusal;
 use core::ops::RangeInclusive;
 use nestling_machine::address::{GuestTsc, Vector};
-use nestling_machine::state::{Exception, Gpr, VcpuState};
-use nestling_machine::vcpu::ControlRegisters;
+use nestling_machine::state::{CpuState, Exception, VcpuState};
 
 /// One vendor's virtualization, switched on on this core.
 pub trait Backend: Sized {
@@ -35,26 +34,8 @@ pub trait Backend: Sized {
 
 /// One vendor's vCPU: its control block, entry and exit.
 ///
-/// What a method reads or changes is the state as of the last exit; changes take effect at the next entry. Reading a register can cost
-/// an exit of L1 to L0, so registers are asked for one by one.
-pub trait VendorVcpu: ControlRegisters {
-    /// A general-purpose register.
-    fn gpr(&self, register: Gpr) -> u64;
-    /// Sets a general-purpose register.
-    fn set_gpr(&mut self, register: Gpr, value: u64);
-    /// The instruction pointer.
-    fn rip(&self) -> u64;
-    /// Sets the instruction pointer.
-    fn set_rip(&mut self, value: u64);
-    /// The flags.
-    fn rflags(&self) -> u64;
-    /// The state as far as instructions that are emulated rest on it: in 64-bit mode, segments whose bases and limits count for
-    /// nothing are left at zero.
-    fn state(&self) -> VcpuState;
-    /// Takes over the general-purpose registers, RIP, RFLAGS and DR6 of `state`.
-    fn set_registers(&mut self, state: &VcpuState);
-    /// Notes a single-step trap in DR6 (BS), for an instruction that was completed on the guest's behalf.
-    fn note_single_step(&mut self);
+/// What a method reads or changes, [`CpuState`]'s included, is the state as of the last exit; changes take effect at the next entry.
+pub trait VendorVcpu: CpuState {
     /// Sets EFER as the guest wrote it (already validated); LMA stays the processor's.
     fn set_efer(&mut self, value: u64);
     /// Sets what is added to the TSC when the guest reads it.

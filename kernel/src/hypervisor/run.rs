@@ -12,7 +12,7 @@ use nestling_machine::address::{GuestPhysAddr, GuestTsc, MsrIndex, Vector};
 use nestling_machine::layout::LAPIC_BASE;
 use nestling_machine::memory::{GuestMemory, MemoryError};
 use nestling_machine::platform::{Entropy, Platform, VsockState};
-use nestling_machine::state::{Exception, Gpr};
+use nestling_machine::state::{CpuState, Exception, Gpr};
 use nestling_machine::vcpu::emulate::{self, Bus, Emulation, Stop};
 use nestling_machine::vcpu::{Lapic, MsrEffect};
 
@@ -232,8 +232,10 @@ impl<B: Backend> Machine<B> {
 
     /// The exited instruction's length, by decoding it. What cannot be fetched any more has the length of its shortest form.
     fn decode_length(&mut self, node: &mut Node<'_>) -> Result<u8, Stop> {
-        let state = self.hardware.state();
-        match emulate::instruction_length(&state, &mut RamView { ram: &mut self.ram, pool: node.pool }) {
+        match emulate::instruction_length(
+            &self.hardware,
+            &mut RamView { ram: &mut self.ram, pool: node.pool },
+        ) {
             Err(Stop::Unsupported { length: 0, .. }) => Ok(match self.last_exit {
                 Some(Exit::Hlt) => 1,
                 Some(Exit::Xsetbv) => 3,
@@ -394,23 +396,16 @@ impl<B: Backend> Machine<B> {
 
     fn emulate(&mut self, node: &mut Node<'_>) {
         let now = self.now();
-        let mut state = self.hardware.state();
         let mut bus = MachineBus {
             memory: RamView { ram: &mut self.ram, pool: node.pool },
             platform: &mut self.platform,
             lapic: &mut self.vcpu.lapic,
             now,
         };
-        match emulate::emulate(&mut state, &mut bus) {
-            Emulation::Done => {
-                self.hardware.set_registers(&state);
-                self.hardware.clear_interrupt_shadow();
-            }
-            Emulation::Partial => self.hardware.set_registers(&state),
-            Emulation::Fault(exception) => {
-                self.hardware.set_registers(&state);
-                self.hardware.inject(exception);
-            }
+        match emulate::emulate(&mut self.hardware, &mut bus) {
+            Emulation::Done => self.hardware.clear_interrupt_shadow(),
+            Emulation::Partial => {}
+            Emulation::Fault(exception) => self.hardware.inject(exception),
             Emulation::Unsupported { bytes, length } => self.unsupported(&bytes, length),
             Emulation::Memory(error) => self.stop(Stop::Memory(error)),
         }

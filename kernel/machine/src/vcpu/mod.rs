@@ -15,7 +15,7 @@ mod xstate;
 
 use crate::address::GuestTsc;
 use crate::memory::GuestMemory;
-use crate::state::Exception;
+use crate::state::{ControlRegisters, Exception};
 
 pub use cpuid::HostCpuid;
 pub use lapic::{Lapic, Reception};
@@ -30,19 +30,6 @@ pub struct VcpuConfig {
     pub vcpu_count: u32,
     /// Frequency of the guest's time-stamp counter in kHz.
     pub tsc_khz: u32,
-}
-
-/// What CPUID and MSR policy need to know from the vendor's control block. Each is asked for only where a decision rests on it, because
-/// reading one may cost the hypervisor an exit of its own.
-pub trait ControlRegisters {
-    /// CR0.
-    fn cr0(&self) -> u64;
-    /// CR4.
-    fn cr4(&self) -> u64;
-    /// EFER as the guest sees it.
-    fn efer(&self) -> u64;
-    /// Current privilege level, 0-3.
-    fn cpl(&self) -> u8;
 }
 
 /// One virtual processor.

@@ -159,7 +159,7 @@ impl Stored {
 }
 
 impl Vcpu {
-    /// RDMSR at guest time `now`.
+    /// RDMSR at guest time `now`. The processor has checked the privilege level before the exit (SDM vol. 3, 26.1.1; APM vol. 2, 15.9).
     ///
     /// # Errors
     /// The exception to deliver: the MSR does not exist or may not be read.
@@ -169,9 +169,6 @@ impl Vcpu {
         now: GuestTsc,
         context: &dyn ControlRegisters,
     ) -> Result<u64, Exception> {
-        if context.cpl() != 0 {
-            return Err(Exception::GENERAL_PROTECTION);
-        }
         match index.0 {
             X2APIC_FIRST..=X2APIC_LAST => self.lapic.msr_read(index, now),
             TSC_DEADLINE => Ok(self.lapic.tsc_deadline(now)),
@@ -208,9 +205,6 @@ impl Vcpu {
         memory: &mut dyn GuestMemory,
     ) -> Result<MsrEffect, Exception> {
         const REFUSED: Result<MsrEffect, Exception> = Err(Exception::GENERAL_PROTECTION);
-        if context.cpl() != 0 {
-            return REFUSED;
-        }
         match index.0 {
             X2APIC_FIRST..=X2APIC_LAST => self.lapic.msr_write(index, value, now)?,
             TSC_DEADLINE => self.lapic.set_tsc_deadline(value, now),

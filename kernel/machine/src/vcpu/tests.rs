@@ -322,15 +322,6 @@ fn what_is_not_there_raises_general_protection() {
 }
 
 #[test]
-fn user_code_reaches_no_msr() {
-    let mut guest = vcpu(&amd(), 0, 1);
-    let user = CpuContext { cpl: 3, ..KERNEL };
-    assert_eq!(guest.read_msr(MsrIndex(0x10), NOW, &user), Err(REFUSED));
-    let written = guest.write_msr(MsrIndex(0x10), 0, NOW, &user, 0, &mut Ram::new(0));
-    assert_eq!(written, Err(REFUSED));
-}
-
-#[test]
 fn efer_keeps_its_rules() {
     let mut guest = vcpu(&amd(), 0, 1);
     assert_eq!(write(&mut guest, 0xC000_0080, 0xD01), Ok(MsrEffect::Efer(0xD01)));

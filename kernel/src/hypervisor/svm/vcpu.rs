@@ -12,8 +12,10 @@ use crate::memory::heap::Pages;
 use alloc::rc::Rc;
 use core::ops::RangeInclusive;
 use nestling_machine::address::{GuestPhysAddr, Vector};
-use nestling_machine::state::{Exception, Gpr, Registers, Segment, SystemState, TableRegister, VcpuState};
-use nestling_machine::vcpu::ControlRegisters;
+use nestling_machine::state::{
+    ControlRegisters, CpuState, DR6_SINGLE_STEP, Exception, Gpr, Registers, Segment, SegmentRegister,
+    SystemState, TableRegister, VcpuState,
+};
 use x86_64::registers::model_specific::Msr;
 
 const CR0_PE: u64 = 1 << 0;
@@ -24,7 +26,6 @@ const TSC_AUX: u32 = 0xC000_0103;
 const PAT_RESET: u64 = 0x0007_0406_0007_0406;
 /// EXITINFO1 of a nested page fault: during the walk of the guest's own page tables (APM vol. 2, 15.25.6).
 const NPF_PAGE_WALK: u64 = 1 << 33;
-const DR6_SINGLE_STEP: u64 = 1 << 14;
 const DR6_RESET: u64 = 0xFFFF_0FF0;
 const DR7_RESET: u64 = 0x400;
 const DEBUG_EXCEPTION: u8 = 1;
@@ -129,30 +130,6 @@ impl SvmVcpu {
         (b.dr6, b.dr7, b.cpl) = (s.dr6, s.dr7, s.cpl);
     }
 
-    fn system(&self) -> SystemState {
-        let b = self.block();
-        SystemState {
-            cs: b.cs,
-            ds: b.ds,
-            es: b.es,
-            fs: b.fs,
-            gs: b.gs,
-            ss: b.ss,
-            ldtr: b.ldtr,
-            tr: b.tr,
-            gdtr: table(&b.gdtr),
-            idtr: table(&b.idtr),
-            cr0: b.cr0,
-            cr2: b.cr2,
-            cr3: b.cr3,
-            cr4: b.cr4,
-            efer: b.efer & !EFER_SVME,
-            dr6: b.dr6,
-            dr7: b.dr7,
-            cpl: b.cpl,
-        }
-    }
-
     /// Drops every cached translation at the next entry.
     fn flush(&mut self) {
         self.block_mut().tlb_control = vmcb::TLB_FLUSH_ALL;
@@ -255,10 +232,6 @@ impl SvmVcpu {
     }
 }
 
-const fn table(segment: &Segment) -> TableRegister {
-    TableRegister { base: segment.base, limit: segment.limit as u16 }
-}
-
 const fn table_segment(table: TableRegister) -> Segment {
     Segment { selector: 0, attributes: 0, limit: table.limit as u32, base: table.base }
 }
@@ -281,7 +254,7 @@ impl ControlRegisters for SvmVcpu {
     }
 }
 
-impl VendorVcpu for SvmVcpu {
+impl CpuState for SvmVcpu {
     fn gpr(&self, register: Gpr) -> u64 {
         self.registers.get(register)
     }
@@ -302,19 +275,40 @@ impl VendorVcpu for SvmVcpu {
         self.registers.rflags
     }
 
-    fn state(&self) -> VcpuState {
-        VcpuState { registers: self.registers, system: self.system() }
+    fn set_rflags(&mut self, value: u64) {
+        self.registers.rflags = value;
     }
 
-    fn set_registers(&mut self, state: &VcpuState) {
-        self.registers = state.registers;
-        self.block_mut().dr6 = state.system.dr6;
+    fn cr3(&self) -> u64 {
+        self.block().cr3
+    }
+
+    fn segment(&self, register: SegmentRegister) -> Segment {
+        let b = self.block();
+        match register {
+            SegmentRegister::Es => b.es,
+            SegmentRegister::Cs => b.cs,
+            SegmentRegister::Ss => b.ss,
+            SegmentRegister::Ds => b.ds,
+            SegmentRegister::Fs => b.fs,
+            SegmentRegister::Gs => b.gs,
+        }
+    }
+
+    fn segment_base(&self, register: SegmentRegister) -> u64 {
+        self.segment(register).base
+    }
+
+    fn code_attributes(&self) -> u16 {
+        self.block().cs.attributes
     }
 
     fn note_single_step(&mut self) {
         self.block_mut().dr6 |= DR6_SINGLE_STEP;
     }
+}
 
+impl VendorVcpu for SvmVcpu {
     fn set_efer(&mut self, value: u64) {
         let b = self.block_mut();
         b.efer = value & !EFER_LMA | b.efer & EFER_LMA | EFER_SVME;

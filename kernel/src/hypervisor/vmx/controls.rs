@@ -242,7 +242,7 @@ const EXIT: Wish = Wish {
         control!(must be 1: exit::SAVE_EFER = 20, "saving of EFER at exits", "IA32_VMX_EXIT_CTLS"),
         control!(must be 1: exit::LOAD_EFER = 21, "loading of EFER at exits", "IA32_VMX_EXIT_CTLS"),
     ],
-    optional: 0,
+    optional: exit::SAVE_PREEMPTION_TIMER,
     never: &[],
     default1: 0x0003_6DFF,
     forced: forced!("IA32_VMX_EXIT_CTLS"),
@@ -288,11 +288,14 @@ impl Controls {
     pub fn choose(capabilities: &Capabilities) -> Result<Self, Refusal> {
         // A VPID whose translations cannot be dropped is of no use.
         let unusable = if has_usable_vpid(capabilities) { 0 } else { secondary::VPID };
+        let pin = PIN.round(capabilities.pin, u32::MAX)?;
+        // The timer goes on where it stopped, so that it need not be written at each entry; without a timer there is none to save.
+        let save = if pin & pin::PREEMPTION_TIMER != 0 { u32::MAX } else { !exit::SAVE_PREEMPTION_TIMER };
         Ok(Self {
-            pin: PIN.round(capabilities.pin, u32::MAX)?,
+            pin,
             primary: PRIMARY.round(capabilities.primary, u32::MAX)?,
             secondary: SECONDARY.round(capabilities.secondary, !unusable)?,
-            exit: EXIT.round(capabilities.exit, u32::MAX)?,
+            exit: EXIT.round(capabilities.exit, save)?,
             entry: ENTRY.round(capabilities.entry, u32::MAX)?,
         })
     }

@@ -17,6 +17,7 @@ mod vmcs;
 
 use super::backend::Backend;
 use super::refusal::Refusal;
+use crate::cpu::clock;
 use crate::cpu::features::cpuid;
 use crate::memory::heap::Pages;
 use alloc::rc::Rc;
@@ -31,6 +32,9 @@ use x86_64::registers::control::{Cr0, Cr0Flags, Cr4, Cr4Flags};
 use x86_64::registers::model_specific::Msr;
 
 const FEATURE_CONTROL: u32 = 0x3A;
+
+/// How late the preemption timer may fire for having stood still during exits, less than what an interrupt through L0 costs.
+const TIMER_TOLERANCE_NS: u64 = 20_000;
 
 const LEAF7_EBX_INVPCID: u32 = 1 << 10;
 const LEAF7_ECX_RDPID: u32 = 1 << 22;
@@ -50,6 +54,8 @@ struct Shared {
     capabilities: Capabilities,
     controls: Controls,
     msr_bitmap: MsrBitmap,
+    /// How late the preemption timer may fire, in TSC ticks.
+    timer_tolerance: u64,
 }
 
 impl Shared {
@@ -73,7 +79,9 @@ impl Shared {
             let kind = if single { SINGLE_CONTEXT } else { ALL_CONTEXTS };
             let descriptor = [u64::from(vpid), 0];
             // SAFETY: as above.
-            unsafe { asm!("invvpid {}, [{}]", in(reg) kind, in(reg) &raw const descriptor, options(nostack)) };
+            unsafe {
+                asm!("invvpid {}, [{}]", in(reg) kind, in(reg) &raw const descriptor, options(nostack))
+            };
         }
     }
 }
@@ -87,7 +95,7 @@ impl Backend for Vmx {
         let [_, _, ecx, _] = cpuid(1, 0);
         features::check(ecx, None, None)?;
         // SAFETY: the MSRs exist where CPUID offers VMX; each is read only where the ones before say that it exists.
-        let mut read = |index| unsafe { Msr::new(index).read() };
+        let read = |index| unsafe { Msr::new(index).read() };
         let feature_control = read(FEATURE_CONTROL);
         features::check(ecx, Some(feature_control), None)?;
         let capabilities = Capabilities::read(read);
@@ -118,7 +126,8 @@ impl Backend for Vmx {
             });
         }
         let features = controls::features(&capabilities);
-        let shared = Shared { capabilities, controls, msr_bitmap: MsrBitmap::new() };
+        let timer_tolerance = clock::tsc_at(TIMER_TOLERANCE_NS).saturating_sub(clock::tsc_at(0));
+        let shared = Shared { capabilities, controls, msr_bitmap: MsrBitmap::new(), timer_tolerance };
         Ok(Self { features, shared: Rc::new(shared), _vmxon_region: region, next_vpid: 1 })
     }
 

@@ -3,7 +3,7 @@
 //! Intel SDM vol. 3, 25.4 (guest state), 25.6-25.9 (controls and exit information), 26 (non-root operation), 27.6 (event injection), 28
 //! (exits), appendix C (exit reasons).
 
-use super::controls::{Controls, entry, pin, primary, secondary};
+use super::controls::{Controls, entry, exit, pin, primary, secondary};
 use super::enter::{EXITED, enter, exit_point};
 use super::entry_checks;
 use super::exit_reason::{self, CrAccess, PioAccess, ept_violation, interruption, reason};
@@ -20,9 +20,9 @@ use core::cell::Cell;
 use core::ops::RangeInclusive;
 use nestling_machine::address::{GuestPhysAddr, Vector};
 use nestling_machine::state::{
-    EFER_LMA, EFER_LME, Exception, Gpr, Registers, Segment, SystemState, TableRegister, VcpuState,
+    ControlRegisters, CpuState, DR6_SINGLE_STEP, EFER_LMA, EFER_LME, Exception, Gpr, Registers, Segment,
+    SegmentRegister, VcpuState,
 };
-use nestling_machine::vcpu::ControlRegisters;
 use x86_64::registers::model_specific::Msr;
 
 const CR0_PE: u64 = 1 << 0;
@@ -39,10 +39,10 @@ const CR4_PCIDE: u64 = 1 << 17;
 /// SMAP, PKE. All others belong to features that CPUID hides.
 const CR4_GUEST_OWNED: u64 = 0x0077_0FFF;
 const RFLAGS_TF: u64 = 1 << 8;
+const RFLAGS_VM: u64 = 1 << 17;
 const RFLAGS_IF: u64 = 1 << 9;
 const DR6_CAUSES: u64 = 0x600F;
 const DR6_ADDRESSES: u64 = 0xF;
-const DR6_SINGLE_STEP: u64 = 1 << 14;
 const DR7_RESET: u64 = 0x400;
 const DR7_GENERAL_DETECT: u64 = 1 << 13;
 const TSC_AUX: u32 = 0xC000_0103;
@@ -61,6 +61,8 @@ const NMI_BLOCKED: u64 = 1 << 3;
 /// Access rights: the segment is unusable.
 const UNUSABLE: u64 = 1 << 16;
 const BUSY_TSS: u64 = 0x8B;
+/// Access rights of a code segment: conforming.
+const CODE_CONFORMING: u64 = 1 << 2;
 
 /// A vCPU's VMCS and what the VMCS does not hold.
 pub struct VmxVcpu {
@@ -75,6 +77,8 @@ pub struct VmxVcpu {
     rflags: CachedField,
     cr0: CachedField,
     cr4: CachedField,
+    cr3: CachedField,
+    code_access_rights: CachedField,
     interruptibility: CachedField,
     /// The guest's idea of the bits of CR0 that L1 owns.
     cr0_shadow: u64,
@@ -96,9 +100,22 @@ pub struct VmxVcpu {
     windows: u32,
     windows_written: u32,
     accepted: Option<Vector>,
-    timer: u32,
+    timer: Timer,
     reason: Cell<u32>,
     shared: Rc<Shared>,
+}
+
+/// The preemption timer, which counts down while the guest runs. Times are values of the TSC.
+#[derive(Default)]
+struct Timer {
+    /// What was last written to the field, in TSC ticks.
+    ticks: u64,
+    /// When it will have counted down, if nothing stops it.
+    fires: u64,
+    /// When it last stopped, at an exit.
+    stopped: u64,
+    /// It has counted down; also before the first entry. A stopped timer of value 0 ends the next run at once.
+    expired: bool,
 }
 
 impl VmxVcpu {
@@ -116,6 +133,8 @@ impl VmxVcpu {
             rflags: CachedField::new(Field::GuestRflags),
             cr0: CachedField::new(Field::GuestCr0),
             cr4: CachedField::new(Field::GuestCr4),
+            cr3: CachedField::new(Field::GuestCr3),
+            code_access_rights: CachedField::new(Field::GuestCsAccessRights),
             interruptibility: CachedField::new(Field::GuestInterruptibility),
             cr0_shadow: s.cr0,
             efer: s.efer & !EFER_LMA,
@@ -131,7 +150,7 @@ impl VmxVcpu {
             windows: 0,
             windows_written: 0,
             accepted: None,
-            timer: u32::MAX,
+            timer: Timer { expired: true, ..Timer::default() },
             reason: Cell::new(0),
             shared,
         };
@@ -170,7 +189,7 @@ impl VmxVcpu {
             v.write(Field::XssExitingBitmap, u64::MAX);
         }
         if c.pin & pin::PREEMPTION_TIMER != 0 {
-            v.write(Field::GuestPreemptionTimer, u64::from(self.timer));
+            v.write(Field::GuestPreemptionTimer, 0);
         }
     }
 
@@ -221,20 +240,6 @@ impl VmxVcpu {
         v.write(Field::VmcsLinkPointer, u64::MAX);
     }
 
-    fn segment(&self, name: &SegmentFields) -> Segment {
-        let v = &self.vmcs;
-        Segment {
-            selector: v.read(name.selector) as u16,
-            attributes: attributes(v.read(name.access_rights)),
-            limit: v.read(name.limit) as u32,
-            base: v.read(name.base),
-        }
-    }
-
-    fn table(&self, base: Field, limit: Field) -> TableRegister {
-        TableRegister { base: self.vmcs.read(base), limit: self.vmcs.read(limit) as u16 }
-    }
-
     /// Notes which event the exit cut short, so that the next entry delivers it again. Only some exits can do that.
     fn keep_interrupted_event(&mut self) -> bool {
         let info = self.vmcs.read(Field::IdtVectoringInfo) as u32;
@@ -282,7 +287,10 @@ impl VmxVcpu {
         match full & exit_reason::BASIC {
             reason::EXCEPTION_OR_NMI => self.exception(),
             reason::EXTERNAL_INTERRUPT => Exit::Interrupt,
-            reason::PREEMPTION_TIMER => Exit::Timer,
+            reason::PREEMPTION_TIMER => {
+                self.timer.expired = true;
+                Exit::Timer
+            }
             reason::TRIPLE_FAULT => Exit::Shutdown,
             reason::INTERRUPT_WINDOW | reason::NMI_WINDOW => Exit::InterruptWindow,
             reason::CPUID => Exit::Cpuid,
@@ -380,8 +388,12 @@ impl VmxVcpu {
     fn control_register(&mut self) -> Exit {
         let access = CrAccess::decode(self.vmcs.read(Field::ExitQualification));
         match access {
-            CrAccess::Write { cr: 8, gpr } => Exit::TaskPriority { register: Gpr::from_number(gpr), write: true },
-            CrAccess::Read { cr: 8, gpr } => Exit::TaskPriority { register: Gpr::from_number(gpr), write: false },
+            CrAccess::Write { cr: 8, gpr } => {
+                Exit::TaskPriority { register: Gpr::from_number(gpr), write: true }
+            }
+            CrAccess::Read { cr: 8, gpr } => {
+                Exit::TaskPriority { register: Gpr::from_number(gpr), write: false }
+            }
             CrAccess::Write { cr: 0, gpr } => self.write_cr0(self.gpr(Gpr::from_number(gpr))),
             // Only a bit that no guest may set differs from what the guest reads.
             CrAccess::Write { cr: 4, .. } => Exit::Faulting(Exception::GENERAL_PROTECTION),
@@ -411,43 +423,11 @@ impl VmxVcpu {
 
     /// The L bit of the code segment.
     fn code_is_long(&self) -> bool {
-        self.vmcs.read(Field::GuestCsAccessRights) & 1 << 13 != 0
+        self.code_access_rights.get(&self.vmcs) & 1 << 13 != 0
     }
 
     fn is_64_bit(&self) -> bool {
         self.efer() & EFER_LMA != 0 && self.code_is_long()
-    }
-
-    fn system(&self) -> SystemState {
-        let v = &self.vmcs;
-        let mut system = SystemState {
-            cr0: self.cr0(),
-            cr2: self.cr2,
-            cr3: v.read(Field::GuestCr3),
-            cr4: self.cr4(),
-            efer: self.efer(),
-            cpl: self.cpl(),
-            ..SystemState::default()
-        };
-        system.cs.attributes = attributes(v.read(Field::GuestCsAccessRights));
-        if system.efer & EFER_LMA != 0 && system.cs.is_long() {
-            system.fs.base = v.read(Field::GuestFsBase);
-            system.gs.base = v.read(Field::GuestGsBase);
-            return system;
-        }
-        for (name, segment) in [
-            (&CS, &mut system.cs),
-            (&DS, &mut system.ds),
-            (&ES, &mut system.es),
-            (&FS, &mut system.fs),
-            (&GS, &mut system.gs),
-            (&SS, &mut system.ss),
-        ] {
-            *segment = self.segment(name);
-        }
-        system.gdtr = self.table(Field::GuestGdtrBase, Field::GuestGdtrLimit);
-        system.idtr = self.table(Field::GuestIdtrBase, Field::GuestIdtrLimit);
-        system
     }
 
     fn write_back(&mut self) {
@@ -469,7 +449,16 @@ impl VmxVcpu {
     }
 
     fn forget(&self) {
-        for field in [&self.rip, &self.rsp, &self.rflags, &self.cr0, &self.cr4, &self.interruptibility] {
+        for field in [
+            &self.rip,
+            &self.rsp,
+            &self.rflags,
+            &self.cr0,
+            &self.cr3,
+            &self.cr4,
+            &self.code_access_rights,
+            &self.interruptibility,
+        ] {
             field.forget();
         }
     }
@@ -481,6 +470,19 @@ struct SegmentFields {
     base: Field,
     limit: Field,
     access_rights: Field,
+}
+
+impl SegmentFields {
+    const fn of(register: SegmentRegister) -> &'static Self {
+        match register {
+            SegmentRegister::Es => &ES,
+            SegmentRegister::Cs => &CS,
+            SegmentRegister::Ss => &SS,
+            SegmentRegister::Ds => &DS,
+            SegmentRegister::Fs => &FS,
+            SegmentRegister::Gs => &GS,
+        }
+    }
 }
 
 macro_rules! segments {
@@ -545,11 +547,15 @@ impl ControlRegisters for VmxVcpu {
     }
 
     fn cpl(&self) -> u8 {
-        (self.vmcs.read(Field::GuestSsAccessRights) >> 5 & 3) as u8
+        // A code segment that is not conforming has the privilege level that runs it, and was read already.
+        let code = self.code_access_rights.get(&self.vmcs);
+        let conforming = code & CODE_CONFORMING != 0 || self.rflags() & RFLAGS_VM != 0;
+        let from = if conforming { self.vmcs.read(Field::GuestSsAccessRights) } else { code };
+        (from >> 5 & 3) as u8
     }
 }
 
-impl VendorVcpu for VmxVcpu {
+impl CpuState for VmxVcpu {
     fn gpr(&self, register: Gpr) -> u64 {
         match register {
             Gpr::Rsp => self.rsp.get(&self.vmcs),
@@ -576,27 +582,38 @@ impl VendorVcpu for VmxVcpu {
         self.rflags.get(&self.vmcs)
     }
 
-    fn state(&self) -> VcpuState {
-        let mut registers = self.registers;
-        registers.set(Gpr::Rsp, self.gpr(Gpr::Rsp));
-        (registers.rip, registers.rflags) = (self.rip(), self.rflags());
-        VcpuState { registers, system: self.system() }
+    fn set_rflags(&mut self, value: u64) {
+        self.rflags.set(value);
     }
 
-    fn set_registers(&mut self, state: &VcpuState) {
-        self.registers = state.registers;
-        self.rsp.set(state.registers.get(Gpr::Rsp));
-        self.rip.set(state.registers.rip);
-        self.rflags.set(state.registers.rflags);
-        if state.system.dr6 & DR6_SINGLE_STEP != 0 {
-            self.note_single_step();
+    fn cr3(&self) -> u64 {
+        self.cr3.get(&self.vmcs)
+    }
+
+    fn segment(&self, register: SegmentRegister) -> Segment {
+        let (v, name) = (&self.vmcs, SegmentFields::of(register));
+        Segment {
+            selector: v.read(name.selector) as u16,
+            attributes: attributes(v.read(name.access_rights)),
+            limit: v.read(name.limit) as u32,
+            base: v.read(name.base),
         }
+    }
+
+    fn segment_base(&self, register: SegmentRegister) -> u64 {
+        self.vmcs.read(SegmentFields::of(register).base)
+    }
+
+    fn code_attributes(&self) -> u16 {
+        attributes(self.code_access_rights.get(&self.vmcs))
     }
 
     fn note_single_step(&mut self) {
         write_dr6(read_dr6() | DR6_SINGLE_STEP);
     }
+}
 
+impl VendorVcpu for VmxVcpu {
     fn set_efer(&mut self, value: u64) {
         self.efer = value & !EFER_LMA;
         let value = self.efer();
@@ -704,23 +721,30 @@ impl VendorVcpu for VmxVcpu {
             return apic::timer_arm(due.map(|due| *due.end()));
         }
         let shift = self.shared.capabilities.preemption_timer_shift();
-        let ticks = match due {
-            // Every entry starts the timer anew from the field, which need not be written as long as what it holds will do.
-            Some(due) => {
-                let now = clock::tsc();
-                let until = |ns| clock::tsc_at(ns).saturating_sub(now) >> shift;
-                let (earliest, latest) = (until(*due.start()), until(*due.end()));
-                if (earliest..=latest).contains(&u64::from(self.timer)) {
-                    return;
-                }
-                (latest - (latest - earliest) / 4).min(u64::from(u32::MAX)) as u32
-            }
-            None => u32::MAX,
+        let now = clock::tsc();
+        // What lies beyond the field's range is looked at again when half of the range has passed.
+        let far = now.saturating_add(1 << 31 << shift);
+        let (due_from, due_to) = match due {
+            Some(due) => (clock::tsc_at(*due.start()).min(far), clock::tsc_at(*due.end())),
+            None => (far, u64::MAX),
         };
-        if ticks != self.timer {
-            self.timer = ticks;
-            self.vmcs.write(Field::GuestPreemptionTimer, u64::from(ticks));
+        if self.controls.exit & exit::SAVE_PREEMPTION_TIMER == 0 {
+            // Every entry starts it anew from the field.
+            self.timer.fires = now.saturating_add(self.timer.ticks);
+        } else if !self.timer.expired {
+            // It stood still since the exit.
+            self.timer.fires = self.timer.fires.saturating_add(now.saturating_sub(self.timer.stopped));
         }
+        let latest = due_to.max(due_from.saturating_add(self.shared.timer_tolerance));
+        if !self.timer.expired && (due_from..=latest).contains(&self.timer.fires) {
+            return;
+        }
+        let left = (due_to - due_to.saturating_sub(due_from) / 4).saturating_sub(now);
+        let count = (left >> shift).min(u64::from(u32::MAX));
+        self.timer.expired = false;
+        self.timer.ticks = count << shift;
+        self.timer.fires = now.saturating_add(self.timer.ticks);
+        self.vmcs.write(Field::GuestPreemptionTimer, count);
     }
 
     fn accesses(&self) -> u64 {
@@ -742,6 +766,7 @@ impl VendorVcpu for VmxVcpu {
             self.vmcs.count_access();
         }
         self.forget();
+        self.timer.stopped = clock::tsc();
         if result != EXITED {
             log::error!("VM entry failed: {}", self.vmcs.last_error());
             self.reason.set(exit_reason::ENTRY_FAILURE);
@@ -772,8 +797,8 @@ impl VendorVcpu for VmxVcpu {
             get(Field::GuestCr4),
             get(Field::GuestIa32Efer),
             get(Field::GuestInterruptibility),
-            self.segment(&CS),
-            self.segment(&SS),
+            self.segment(SegmentRegister::Cs),
+            self.segment(SegmentRegister::Ss),
             self.registers.gpr,
         );
         if reason & exit_reason::ENTRY_FAILURE != 0 {

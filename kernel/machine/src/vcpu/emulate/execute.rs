@@ -139,12 +139,12 @@ impl Executor<'_, '_> {
     }
 
     fn flag(&self, flag: u64) -> bool {
-        self.machine.state.registers.rflags & flag != 0
+        self.machine.state.rflags() & flag != 0
     }
 
     fn set_flags(&mut self, mask: u64, flags: u64) {
-        let rflags = &mut self.machine.state.registers.rflags;
-        *rflags = *rflags & !mask | flags & mask;
+        let state = &mut self.machine.state;
+        state.set_rflags(state.rflags() & !mask | flags & mask);
     }
 
     fn move_to(&mut self, convert: impl FnOnce(u64, Width, Width) -> u64) -> Result<(), Stop> {

@@ -6,7 +6,7 @@ use super::Stop;
 use super::translate::{Access, CR0_PE, translate};
 use crate::address::GuestVirtAddr;
 use crate::memory::{GuestMemory, MemoryError};
-use crate::state::{EFER_LMA, Exception, VcpuState};
+use crate::state::{CpuState, EFER_LMA, Exception, Segment, SegmentRegister};
 use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction};
 
 const RFLAGS_VM: u64 = 1 << 17;
@@ -22,13 +22,14 @@ pub(super) enum CodeSize {
 }
 
 impl CodeSize {
-    pub(super) const fn of(state: &VcpuState) -> Self {
-        let system = &state.system;
-        if system.cr0 & CR0_PE == 0 || state.registers.rflags & RFLAGS_VM != 0 {
-            Self::Bits16
-        } else if system.efer & EFER_LMA != 0 && system.cs.is_long() {
+    pub(super) fn of(state: &dyn CpuState) -> Self {
+        if state.cr0() & CR0_PE == 0 || state.rflags() & RFLAGS_VM != 0 {
+            return Self::Bits16;
+        }
+        let code = Segment { attributes: state.code_attributes(), ..Segment::default() };
+        if code.is_long() && state.efer() & EFER_LMA != 0 {
             Self::Bits64
-        } else if system.cs.is_32_bit() {
+        } else if code.is_32_bit() {
             Self::Bits32
         } else {
             Self::Bits16
@@ -70,29 +71,29 @@ impl Window {
     }
 
     /// Reads what the page of the instruction pointer has, and no more than the code segment's limit allows.
-    fn first(state: &VcpuState, memory: &mut dyn GuestMemory) -> Result<Self, Stop> {
+    fn first(state: &dyn CpuState, memory: &mut dyn GuestMemory) -> Result<Self, Stop> {
         let mut window = Self { bytes: [0; LONGEST], length: 0 };
         window.extend(state, memory)?;
         Ok(window)
     }
 
     /// Adds bytes up to the next page boundary. Adds none when there are 15 already.
-    fn extend(&mut self, state: &VcpuState, memory: &mut dyn GuestMemory) -> Result<(), Stop> {
+    fn extend(&mut self, state: &dyn CpuState, memory: &mut dyn GuestMemory) -> Result<(), Stop> {
         let size = CodeSize::of(state);
-        let offset = size.wrap(state.registers.rip.wrapping_add(self.length as u64));
+        let offset = size.wrap(state.rip().wrapping_add(self.length as u64));
         let mut room = (LONGEST - self.length) as u64;
         let linear = if size == CodeSize::Bits64 {
             offset
         } else {
-            let limit = u64::from(state.system.cs.limit);
-            let Some(left) = limit.checked_sub(offset) else {
+            let code = state.segment(SegmentRegister::Cs);
+            let Some(left) = u64::from(code.limit).checked_sub(offset) else {
                 return Err(Stop::Exception(super::operands::general_protection(state)));
             };
             room = room.min(left.saturating_add(1));
-            state.system.cs.base.wrapping_add(offset) & 0xFFFF_FFFF
+            code.base.wrapping_add(offset) & 0xFFFF_FFFF
         };
         room = room.min(PAGE - linear % PAGE);
-        let access = Access { execute: true, write: false, user: state.system.cpl == 3 };
+        let access = Access { execute: true, write: false, user: state.cpl() == 3 };
         let at = translate(state, memory, GuestVirtAddr(linear), access)?;
         let Some(into) = self.bytes.get_mut(self.length..self.length + room as usize) else { return Ok(()) };
         match memory.read(at, into) {
@@ -107,20 +108,22 @@ impl Window {
 }
 
 /// Fetches and decodes the instruction at CS:RIP.
-pub(super) fn decode(state: &VcpuState, memory: &mut dyn GuestMemory) -> Result<(Instruction, Window), Stop> {
+pub(super) fn decode(
+    state: &dyn CpuState,
+    memory: &mut dyn GuestMemory,
+) -> Result<(Instruction, Window), Stop> {
     let mut window = Window::first(state, memory)?;
     decode_from(state, memory, &mut window).map(|instruction| (instruction, window))
 }
 
 fn decode_from(
-    state: &VcpuState,
+    state: &dyn CpuState,
     memory: &mut dyn GuestMemory,
     window: &mut Window,
 ) -> Result<Instruction, Stop> {
     let bitness = CodeSize::of(state).bits();
     loop {
-        let mut decoder =
-            Decoder::with_ip(bitness, window.as_slice(), state.registers.rip, DecoderOptions::NONE);
+        let mut decoder = Decoder::with_ip(bitness, window.as_slice(), state.rip(), DecoderOptions::NONE);
         let instruction = decoder.decode();
         match decoder.last_error() {
             DecoderError::None => return Ok(instruction),
@@ -136,7 +139,7 @@ fn decode_from(
 ///
 /// # Errors
 /// The instruction cannot be fetched or decoded.
-pub fn instruction_length(state: &VcpuState, memory: &mut dyn GuestMemory) -> Result<u8, Stop> {
+pub fn instruction_length(state: &dyn CpuState, memory: &mut dyn GuestMemory) -> Result<u8, Stop> {
     let mut window = Window::first(state, memory)?;
     match known_length(window.as_slice(), CodeSize::of(state) == CodeSize::Bits64) {
         Some(length) => Ok(length),

@@ -14,15 +14,13 @@ mod translate;
 
 use crate::address::{GuestPhysAddr, Vector};
 use crate::memory::{GuestMemory, MemoryError};
-use crate::state::{Exception, VcpuState};
+use crate::state::{CpuState, Exception};
 use execute::Progress;
 use fetch::CodeSize;
 use operands::Machine;
 
 pub use fetch::{instruction_length, prepare};
 pub use translate::{Access, translate};
-
-const DR6_SINGLE_STEP: u64 = 1 << 14;
 
 /// What an instruction's operands reach.
 pub trait Bus {
@@ -88,25 +86,25 @@ impl From<Stop> for Emulation {
 ///
 /// A fault leaves registers and memory as they were, but for the iterations that a string instruction had completed. The caller
 /// ends an interrupt shadow when the instruction is done.
-pub fn emulate(state: &mut VcpuState, bus: &mut dyn Bus) -> Emulation {
+pub fn emulate(state: &mut dyn CpuState, bus: &mut dyn Bus) -> Emulation {
     let (instruction, window) = match fetch::decode(state, bus.memory()) {
         Ok(decoded) => decoded,
         Err(stop) => return stop.into(),
     };
-    let single_step = state.registers.rflags & flags::TRAP != 0;
+    let single_step = state.rflags() & flags::TRAP != 0;
     let mut machine = Machine::new(state, bus);
     let progress = match execute::execute(&mut machine, &instruction, &window, single_step) {
         Ok(progress) => progress,
         Err(stop) => return stop.into(),
     };
     if progress == Progress::Done {
-        let next = state.registers.rip.wrapping_add(instruction.len() as u64);
-        state.registers.rip = CodeSize::of(state).wrap(next);
-        state.registers.rflags &= !flags::RESUME;
+        let next = state.rip().wrapping_add(instruction.len() as u64);
+        state.set_rip(CodeSize::of(state).wrap(next));
+        state.set_rflags(state.rflags() & !flags::RESUME);
     }
     if single_step {
         // After each iteration of a repeated string instruction too, with RIP still at it (SDM vol. 3, 18.3.1.4).
-        state.system.dr6 |= DR6_SINGLE_STEP;
+        state.note_single_step();
         return Emulation::Fault(Exception { vector: Vector(1), error_code: None, cr2: None });
     }
     match progress {

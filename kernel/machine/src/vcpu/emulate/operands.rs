@@ -8,7 +8,7 @@ use super::translate::{Access, CR0_PE, is_canonical, translate};
 use super::{Bus, Stop};
 use crate::address::{GuestPhysAddr, GuestVirtAddr, Vector};
 use crate::memory::MemoryError;
-use crate::state::{Exception, Segment, VcpuState};
+use crate::state::{CpuState, Exception, Gpr, Segment, SegmentRegister};
 use iced_x86::{Instruction, Register};
 
 const RFLAGS_VM: u64 = 1 << 17;
@@ -21,12 +21,12 @@ const SEGMENT_ACCESS: u16 = 1 << 1;
 const SEGMENT_PRESENT: u16 = 1 << 7;
 
 /// #GP(0), without the error code where the mode has none.
-pub(super) fn general_protection(state: &VcpuState) -> Exception {
+pub(super) fn general_protection(state: &dyn CpuState) -> Exception {
     in_mode(state, Exception::GENERAL_PROTECTION)
 }
 
-fn in_mode(state: &VcpuState, exception: Exception) -> Exception {
-    let has_codes = state.system.cr0 & CR0_PE != 0;
+fn in_mode(state: &dyn CpuState, exception: Exception) -> Exception {
+    let has_codes = state.cr0() & CR0_PE != 0;
     Exception { error_code: exception.error_code.filter(|_| has_codes), ..exception }
 }
 
@@ -52,33 +52,32 @@ struct Cached {
 
 /// The state and the bus, while one instruction is emulated.
 pub(super) struct Machine<'a> {
-    pub(super) state: &'a mut VcpuState,
+    pub(super) state: &'a mut dyn CpuState,
     pub(super) bus: &'a mut dyn Bus,
     /// For reads and for writes.
     cached: [Option<Cached>; 2],
 }
 
 impl<'a> Machine<'a> {
-    pub(super) fn new(state: &'a mut VcpuState, bus: &'a mut dyn Bus) -> Self {
+    pub(super) fn new(state: &'a mut dyn CpuState, bus: &'a mut dyn Bus) -> Self {
         Self { state, bus, cached: [None; 2] }
     }
 
     /// A general-purpose register's value; `None` for any other register.
     pub(super) fn register(&self, register: Register) -> Option<u64> {
-        let (index, shift, width) = locate(register)?;
-        let whole = self.state.registers.gpr.get(index)?;
-        Some(whole >> shift & width.mask())
+        let (whole, shift, width) = locate(register)?;
+        Some(self.state.gpr(whole) >> shift & width.mask())
     }
 
     /// Sets a general-purpose register: 32-bit writes clear the upper half, smaller ones keep the rest.
     pub(super) fn set_register(&mut self, register: Register, value: u64) {
-        let Some((index, shift, width)) = locate(register) else { return };
-        let Some(whole) = self.state.registers.gpr.get_mut(index) else { return };
-        *whole = match width.bytes() {
+        let Some((whole, shift, width)) = locate(register) else { return };
+        let value = match width.bytes() {
             8 => value,
             4 => value & width.mask(),
-            _ => *whole & !(width.mask() << shift) | (value & width.mask()) << shift,
+            _ => self.state.gpr(whole) & !(width.mask() << shift) | (value & width.mask()) << shift,
         };
+        self.state.set_gpr(whole, value);
     }
 
     /// The offset in its segment of an instruction's memory operand, cut to the address size.
@@ -114,39 +113,37 @@ impl<'a> Machine<'a> {
         width: Width,
         write: bool,
     ) -> Result<u64, Exception> {
-        let system = &self.state.system;
         let last = u64::from(width.bytes()) - 1;
         if CodeSize::of(self.state) == CodeSize::Bits64 {
             let base = match segment {
-                Register::FS => system.fs.base,
-                Register::GS => system.gs.base,
+                Register::FS => self.state.segment_base(SegmentRegister::Fs),
+                Register::GS => self.state.segment_base(SegmentRegister::Gs),
                 _ => 0,
             };
             let linear = base.wrapping_add(offset);
             let end = linear.wrapping_add(last);
-            if !is_canonical(system, linear) || !is_canonical(system, end) {
+            if !is_canonical(self.state, linear) || !is_canonical(self.state, end) {
                 return Err(self.segment_fault(segment));
             }
             return Ok(linear);
         }
         let descriptor = self.segment(segment);
-        let real = system.cr0 & CR0_PE == 0 || self.state.registers.rflags & RFLAGS_VM != 0;
-        if !(real || permits(descriptor, write)) || !within(descriptor, offset, last) {
+        let real = self.state.cr0() & CR0_PE == 0 || self.state.rflags() & RFLAGS_VM != 0;
+        if !(real || permits(&descriptor, write)) || !within(&descriptor, offset, last) {
             return Err(self.segment_fault(segment));
         }
         Ok(descriptor.base.wrapping_add(offset) & 0xFFFF_FFFF)
     }
 
-    fn segment(&self, register: Register) -> &Segment {
-        let system = &self.state.system;
-        match register {
-            Register::ES => &system.es,
-            Register::CS => &system.cs,
-            Register::SS => &system.ss,
-            Register::FS => &system.fs,
-            Register::GS => &system.gs,
-            _ => &system.ds,
-        }
+    fn segment(&self, register: Register) -> Segment {
+        self.state.segment(match register {
+            Register::ES => SegmentRegister::Es,
+            Register::CS => SegmentRegister::Cs,
+            Register::SS => SegmentRegister::Ss,
+            Register::FS => SegmentRegister::Fs,
+            Register::GS => SegmentRegister::Gs,
+            _ => SegmentRegister::Ds,
+        })
     }
 
     fn segment_fault(&self, segment: Register) -> Exception {
@@ -180,7 +177,7 @@ impl<'a> Machine<'a> {
         if let Some(hit) = cached.filter(|cached| cached.page == page) {
             return Ok(GuestPhysAddr(hit.frame | offset));
         }
-        let access = Access { write, execute: false, user: self.state.system.cpl == 3 };
+        let access = Access { write, execute: false, user: self.state.cpl() == 3 };
         let at = translate(self.state, self.bus.memory(), GuestVirtAddr(linear), access)?;
         *cached = Some(Cached { page, frame: at.0 & !(PAGE - 1) });
         Ok(at)
@@ -245,17 +242,17 @@ impl<'a> Machine<'a> {
 }
 
 /// Index, bit offset and width of a general-purpose register.
-fn locate(register: Register) -> Option<(usize, u32, Width)> {
+fn locate(register: Register) -> Option<(Gpr, u32, Width)> {
     if !register.is_gpr() {
         return None;
     }
     let width = Width::new(register.size())?;
     match register {
-        Register::AH => Some((0, 8, width)),
-        Register::CH => Some((1, 8, width)),
-        Register::DH => Some((2, 8, width)),
-        Register::BH => Some((3, 8, width)),
-        _ => Some((register.full_register().number(), 0, width)),
+        Register::AH => Some((Gpr::Rax, 8, width)),
+        Register::CH => Some((Gpr::Rcx, 8, width)),
+        Register::DH => Some((Gpr::Rdx, 8, width)),
+        Register::BH => Some((Gpr::Rbx, 8, width)),
+        _ => Some((Gpr::from_number(register.full_register().number() as u8), 0, width)),
     }
 }
 

@@ -137,7 +137,7 @@ impl StringInstruction {
             }
             self.iterate(machine)?;
             machine.set_register(self.registers.count, count - 1);
-            let zero = machine.state.registers.rflags & ZERO;
+            let zero = machine.state.rflags() & ZERO;
             if count == 1 || self.repeat_while.is_some_and(|wanted| wanted != zero) {
                 return Ok(Progress::Done);
             }
@@ -197,8 +197,7 @@ impl StringInstruction {
 
     fn compare(&self, machine: &mut Machine<'_>, a: u64, b: u64) {
         let outcome = flags::sub(a, b, false, self.width);
-        let rflags = &mut machine.state.registers.rflags;
-        *rflags = *rflags & !STATUS | outcome.flags;
+        machine.state.set_rflags(machine.state.rflags() & !STATUS | outcome.flags);
     }
 
     fn source(&self, machine: &mut Machine<'_>) -> Result<Target, Stop> {
@@ -224,7 +223,7 @@ impl StringInstruction {
     /// Moves the index registers that the operation uses.
     fn advance(&self, machine: &mut Machine<'_>) {
         let step = u64::from(self.width.bytes());
-        let backwards = machine.state.registers.rflags & DIRECTION != 0;
+        let backwards = machine.state.rflags() & DIRECTION != 0;
         let mut step_register = |register| {
             let value = machine.register(register).unwrap_or(0);
             let next = if backwards { value.wrapping_sub(step) } else { value.wrapping_add(step) };

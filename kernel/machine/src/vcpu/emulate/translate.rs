@@ -9,7 +9,7 @@
 use super::Stop;
 use crate::address::{GuestPhysAddr, GuestVirtAddr};
 use crate::memory::{GuestMemory, MemoryError};
-use crate::state::{EFER_LMA, EFER_NXE, Exception, SystemState, VcpuState};
+use crate::state::{CpuState, EFER_LMA, EFER_NXE, Exception};
 
 pub(super) const CR0_PE: u64 = 1 << 0;
 const CR0_WP: u64 = 1 << 16;
@@ -56,10 +56,10 @@ enum Format {
 }
 
 impl Format {
-    const fn of(system: &SystemState) -> Self {
-        if system.efer & EFER_LMA != 0 {
-            Self::Long { levels: if system.cr4 & CR4_LA57 != 0 { 5 } else { 4 } }
-        } else if system.cr4 & CR4_PAE != 0 {
+    fn of(state: &dyn CpuState) -> Self {
+        if state.efer() & EFER_LMA != 0 {
+            Self::Long { levels: if state.cr4() & CR4_LA57 != 0 { 5 } else { 4 } }
+        } else if state.cr4() & CR4_PAE != 0 {
             Self::Pae
         } else {
             Self::Bits32
@@ -96,18 +96,18 @@ impl Format {
         matches!(self, Self::Pae) && level == 3
     }
 
-    const fn is_leaf(self, level: u8, entry: u64, cr4: u64) -> bool {
+    fn is_leaf(self, level: u8, entry: u64, state: &dyn CpuState) -> bool {
         match (self, level) {
             (_, 1) => true,
-            (Self::Bits32, 2) => entry & LARGE != 0 && cr4 & CR4_PSE != 0,
+            (Self::Bits32, 2) => entry & LARGE != 0 && state.cr4() & CR4_PSE != 0,
             (Self::Pae, 2) | (Self::Long { .. }, 2 | 3) => entry & LARGE != 0,
             _ => false,
         }
     }
 
     /// Bits of an entry that must be zero. Those above the processor's physical address width are left to the processor.
-    const fn reserved(self, level: u8, leaf: bool, efer: u64) -> u64 {
-        let execute = if efer & EFER_NXE == 0 { NO_EXECUTE } else { 0 };
+    fn reserved(self, level: u8, leaf: bool, state: &dyn CpuState) -> u64 {
+        let execute = if state.efer() & EFER_NXE == 0 { NO_EXECUTE } else { 0 };
         match (self, level, leaf) {
             (Self::Bits32, 2, true) => 1 << 21,
             (Self::Bits32, _, _) => 0,
@@ -130,8 +130,8 @@ struct Step {
 }
 
 /// True when a 64-bit linear address has the form that the paging mode in force demands.
-pub(super) const fn is_canonical(system: &SystemState, address: u64) -> bool {
-    let unused = if system.cr4 & CR4_LA57 != 0 { 64 - 57 } else { 64 - 48 };
+pub(super) fn is_canonical(state: &dyn CpuState, address: u64) -> bool {
+    let unused = if state.cr4() & CR4_LA57 != 0 { 64 - 57 } else { 64 - 48 };
     ((address << unused) as i64 >> unused) as u64 == address
 }
 
@@ -141,24 +141,23 @@ pub(super) const fn is_canonical(system: &SystemState, address: u64) -> bool {
 /// [`Stop::Exception`] with the page fault, or #GP for an address that is not canonical; [`Stop::Memory`]; never
 /// [`Stop::Unsupported`].
 pub fn translate(
-    state: &VcpuState,
+    state: &dyn CpuState,
     memory: &mut dyn GuestMemory,
     address: GuestVirtAddr,
     access: Access,
 ) -> Result<GuestPhysAddr, Stop> {
-    let system = &state.system;
-    if system.cr0 & CR0_PG == 0 {
+    if state.cr0() & CR0_PG == 0 {
         return Ok(GuestPhysAddr(address.0 & 0xFFFF_FFFF));
     }
-    let format = Format::of(system);
-    if matches!(format, Format::Long { .. }) && !is_canonical(system, address.0) {
+    let format = Format::of(state);
+    if matches!(format, Format::Long { .. }) && !is_canonical(state, address.0) {
         return Err(Stop::Exception(Exception::GENERAL_PROTECTION));
     }
-    let fault = |bits| Err(Stop::Exception(page_fault(system, address, access, bits)));
+    let fault = |bits| Err(Stop::Exception(page_fault(state, address, access, bits)));
 
     let mut steps = [Step::default(); 5];
     let mut rights = WRITABLE | USER;
-    let mut table = format.root(system.cr3);
+    let mut table = format.root(state.cr3());
     for (level, step) in (1..=format.levels()).rev().zip(&mut steps) {
         let index = address.0 >> format.shift(level) & ((1 << format.index_bits()) - 1);
         let index = if format.is_bare(level) { index & 3 } else { index };
@@ -168,8 +167,8 @@ pub fn translate(
         if entry & PRESENT == 0 {
             return fault(0);
         }
-        let leaf = format.is_leaf(level, entry, system.cr4);
-        if entry & format.reserved(level, leaf, system.efer) != 0 {
+        let leaf = format.is_leaf(level, entry, state);
+        if entry & format.reserved(level, leaf, state) != 0 {
             return fault(ERROR_PRESENT | ERROR_RESERVED);
         }
         if !format.is_bare(level) {
@@ -222,21 +221,20 @@ const fn page(format: Format, level: u8, entry: u64) -> u64 {
     }
 }
 
-fn permits(state: &VcpuState, rights: u64, access: Access) -> bool {
-    let system = &state.system;
+fn permits(state: &dyn CpuState, rights: u64, access: Access) -> bool {
     let (writable, user_page) = (rights & WRITABLE != 0, rights & USER != 0);
     if access.user && !user_page {
         return false;
     }
     if access.execute {
-        let smep = !access.user && user_page && system.cr4 & CR4_SMEP != 0;
+        let smep = !access.user && user_page && state.cr4() & CR4_SMEP != 0;
         return rights & NO_EXECUTE == 0 && !smep;
     }
-    let smap = system.cr4 & CR4_SMAP != 0 && state.registers.rflags & RFLAGS_AC == 0;
-    if !access.user && user_page && smap {
+    let smap = || state.cr4() & CR4_SMAP != 0 && state.rflags() & RFLAGS_AC == 0;
+    if !access.user && user_page && smap() {
         return false;
     }
-    !access.write || writable || !access.user && system.cr0 & CR0_WP == 0
+    !access.write || writable || !access.user && state.cr0() & CR0_WP == 0
 }
 
 /// Sets the accessed flags, and for a write the leaf's dirty flag, where they are not set yet.
@@ -259,8 +257,8 @@ fn mark(format: Format, memory: &mut dyn GuestMemory, steps: &[Step], write: boo
     Ok(())
 }
 
-fn page_fault(system: &SystemState, address: GuestVirtAddr, access: Access, bits: u32) -> Exception {
-    let tells_fetch = system.cr4 & CR4_SMEP != 0 || system.efer & EFER_NXE != 0;
+fn page_fault(state: &dyn CpuState, address: GuestVirtAddr, access: Access, bits: u32) -> Exception {
+    let tells_fetch = state.cr4() & CR4_SMEP != 0 || state.efer() & EFER_NXE != 0;
     let mut code = bits;
     if access.write {
         code |= ERROR_WRITE;

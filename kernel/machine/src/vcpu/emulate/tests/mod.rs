@@ -6,7 +6,7 @@ mod properties;
 mod strings;
 
 use super::*;
-use crate::state::{EFER_LMA, EFER_LME, EFER_NXE, Gpr, Segment};
+use crate::state::{EFER_LMA, EFER_LME, EFER_NXE, Gpr, Segment, VcpuState};
 use crate::testing::Ram;
 use alloc::vec::Vec;
 
