@@ -4,12 +4,12 @@
 
 pub mod frames;
 pub mod heap;
+mod map;
 pub mod paging;
 
 use crate::boot::{BootInfo, MemoryKind};
-use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU64, Ordering};
-use frames::{FramePool, LARGE_FRAME};
+use frames::FramePool;
 pub use paging::map_mmio;
 
 /// L1's heap beyond the static one it boots with, in bytes.
@@ -57,7 +57,9 @@ pub fn init(boot: &BootInfo) -> Result<FramePool, TooLittleMemory> {
     let total: u64 =
         boot.memory.iter().filter(|r| r.kind == MemoryKind::Usable).map(|r| r.end - r.start).sum();
     TOTAL_BYTES.store(total, Ordering::Relaxed);
-    let mut free = free_ranges(boot);
+    let kernel = &raw const __kernel_start as u64..&raw const __kernel_end as u64;
+    let modules = boot.modules.iter().map(|m| m.as_ptr() as u64..m.as_ptr() as u64 + m.len() as u64);
+    let mut free = map::free_ranges(&boot.memory, [0..LOW_MEMORY_END, kernel].into_iter().chain(modules));
     let too_little = TooLittleMemory { found_mib: total >> 20 };
     if total < MINIMUM_BYTES {
         return Err(too_little);
@@ -75,33 +77,4 @@ pub fn init(boot: &BootInfo) -> Result<FramePool, TooLittleMemory> {
         pool.add(start, end);
     }
     Ok(pool)
-}
-
-/// Usable RAM in whole 2 MiB frames that neither the kernel, a module nor the firmware occupies, each frame once: loaders' maps
-/// overlap at times.
-fn free_ranges(boot: &BootInfo) -> Vec<(u64, u64)> {
-    let kernel = (&raw const __kernel_start as u64, &raw const __kernel_end as u64);
-    let modules = boot.modules.iter().map(|m| (m.as_ptr() as u64, m.as_ptr() as u64 + m.len() as u64));
-    let firmware = boot
-        .memory
-        .iter()
-        .filter(|range| range.kind == MemoryKind::Firmware)
-        .map(|range| (range.start, range.end));
-    let mut occupied: Vec<(u64, u64)> =
-        [(0, LOW_MEMORY_END), kernel].into_iter().chain(modules).chain(firmware).collect();
-    let mut free = Vec::new();
-    for range in boot.memory.iter().filter(|range| range.kind == MemoryKind::Usable) {
-        let mut pieces = Vec::from([(range.start, range.end)]);
-        for &(start, end) in &occupied {
-            pieces = pieces
-                .into_iter()
-                .flat_map(|(s, e)| [(s, e.min(start)), (s.max(end), e)])
-                .filter(|(s, e)| s < e)
-                .collect();
-        }
-        occupied.push((range.start, range.end));
-        let whole = |(s, e): (u64, u64)| (s.next_multiple_of(LARGE_FRAME), e & !(LARGE_FRAME - 1));
-        free.extend(pieces.into_iter().map(whole).filter(|(s, e)| s < e));
-    }
-    free
 }
