@@ -735,12 +735,12 @@ impl VendorVcpu for VmxVcpu {
             // It stood still since the exit.
             self.timer.fires = self.timer.fires.saturating_add(now.saturating_sub(self.timer.stopped));
         }
-        let latest = due_to.max(due_from.saturating_add(self.shared.timer_tolerance));
-        if !self.timer.expired && (due_from..=latest).contains(&self.timer.fires) {
+        // A little later will do: not every exit is worth a write.
+        let tolerance = (due_to.saturating_sub(due_from) / 8).max(self.shared.timer_tolerance);
+        if !self.timer.expired && (due_from..=due_to.saturating_add(tolerance)).contains(&self.timer.fires) {
             return;
         }
-        let left = (due_to - due_to.saturating_sub(due_from) / 4).saturating_sub(now);
-        let count = (left >> shift).min(u64::from(u32::MAX));
+        let count = (due_to.saturating_sub(now) >> shift).min(u64::from(u32::MAX));
         self.timer.expired = false;
         self.timer.ticks = count << shift;
         self.timer.fires = now.saturating_add(self.timer.ticks);
