@@ -52,6 +52,7 @@ impl Node for FakeNode {
             boot: BootTimes::default(),
             exits: [("total".to_string(), 0)].into(),
             uplink: Some(Uplink::default()),
+            vmcs_accesses: None,
             tsc_khz: 1,
         }
     }

@@ -297,6 +297,9 @@ pub struct Host {
     pub boot: BootTimes,
     /// Exits of all machines' vCPUs since boot, by kind, and their sum as `total`.
     pub exits: BTreeMap<String, u64>,
+    /// VMREAD and VMWRITE instructions that those exits took; none on AMD, whose control block is plain memory.
+    #[serde(default)]
+    pub vmcs_accesses: Option<u64>,
     /// The node's network; none without a network card.
     pub uplink: Option<Uplink>,
     /// The timestamp counter's frequency in kHz.

@@ -70,7 +70,8 @@ pub trait VendorVcpu: CpuState {
     fn arm(&mut self, due: Option<RangeInclusive<u64>>);
     /// Runs the guest until it exits.
     fn run(&mut self) -> Exit;
-    /// How often fields of the control block were read and written since the vCPU was made, where each access can cost an exit to L0.
+    /// How often instructions read or wrote the control block since the vCPU was made, each of which can cost an exit to L0; 0 where it
+    /// is plain memory.
     fn accesses(&self) -> u64;
     /// Writes the control block to the log, for an exit that cannot be handled.
     fn dump(&self);

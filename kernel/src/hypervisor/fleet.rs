@@ -1,6 +1,6 @@
 //! All machines of a node, and which of them is on the core.
 
-use super::backend::Backend;
+use super::backend::{Backend, VendorVcpu};
 use super::exit::ExitCounts;
 use super::machine::{CreateError, End, Machine};
 use super::run::{Node, Pause};
@@ -49,6 +49,7 @@ pub struct Fleet<B: Backend> {
     next: u64,
     /// Exits of machines that are gone.
     past_exits: ExitCounts,
+    past_accesses: u64,
     turn: usize,
 }
 
@@ -67,6 +68,7 @@ impl<B: Backend> Fleet<B> {
             loaded: None,
             next: 1,
             past_exits: ExitCounts::default(),
+            past_accesses: 0,
             turn: 0,
         }
     }
@@ -99,6 +101,7 @@ impl<B: Backend> Fleet<B> {
             console: machine.platform.console().last_lines(CONSOLE_LINES).join("\n"),
         };
         self.past_exits.add(&machine.exits);
+        self.past_accesses += machine.hardware.accesses();
         machine.free(&mut self.pool);
         Some(remains)
     }
@@ -133,6 +136,11 @@ impl<B: Backend> Fleet<B> {
             total.add(&machine.exits);
         }
         total
+    }
+
+    /// Instructions that read or wrote a control block because of those exits.
+    pub fn control_block_accesses(&self) -> u64 {
+        self.past_accesses + self.machines.iter().map(|(_, machine)| machine.hardware.accesses()).sum::<u64>()
     }
 
     /// How many machines there are.

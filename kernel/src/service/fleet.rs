@@ -127,6 +127,7 @@ impl<B: Backend> Machines for Fleet<B> {
                 heap_total_bytes: claimed as u64,
             },
             exits: by_kind(&self.total_exits()),
+            vmcs_accesses: (B::VENDOR == "intel").then(|| self.control_block_accesses()),
             tsc_khz: clock::khz(),
         }
     }

@@ -45,6 +45,8 @@ pub struct HypervisorReport {
     pub memory: HostMemory,
     /// Exits of all machines since boot, by kind; the sum is added as `total`.
     pub exits: BTreeMap<String, u64>,
+    /// Accesses to control blocks that those exits took, where they are instructions rather than plain memory.
+    pub vmcs_accesses: Option<u64>,
     /// The time-stamp counter's frequency in kHz.
     pub tsc_khz: u64,
 }

@@ -60,6 +60,7 @@ impl<M: Machines> Node for NodeView<'_, M> {
             uptime_ms: clock::now_ns() / 1_000_000,
             boot: BootTimes { kernel_entry_to_ready_ms: self.ready_ns.map(|ns| (ns / 1000) as f64 / 1000.0) },
             exits,
+            vmcs_accesses: report.vmcs_accesses,
             uplink: Some(self.uplink.clone()),
             tsc_khz: report.tsc_khz,
         }

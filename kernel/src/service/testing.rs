@@ -146,6 +146,7 @@ impl Machines for FakeMachines {
             cores: 1,
             memory: HostMemory::default(),
             exits: BTreeMap::new(),
+            vmcs_accesses: None,
             tsc_khz: 1_000_000,
         }
     }

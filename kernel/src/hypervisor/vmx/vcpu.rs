@@ -159,6 +159,7 @@ impl VmxVcpu {
         vcpu.write_guest_state(state);
         // Frames and VPIDs are used again: nothing of their former owners may be left.
         vcpu.shared.forget_translations(ept::pointer(nested_root, vcpu.shared.has_access_dirty()), vpid);
+        vcpu.vmcs.count_from_here();
         vcpu
     }
 

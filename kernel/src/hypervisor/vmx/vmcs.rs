@@ -90,10 +90,16 @@ impl Vmcs {
 
     /// What the last VMX instruction that failed says.
     pub fn last_error(&self) -> &'static str {
-        self.try_read(Field::VmInstructionError).map_or("no current VMCS", |number| instruction_error(number as u32))
+        self.try_read(Field::VmInstructionError)
+            .map_or("no current VMCS", |number| instruction_error(number as u32))
     }
 
-    /// How often fields were read and written.
+    /// Forgets the accesses so far.
+    pub fn count_from_here(&self) {
+        self.accesses.set(0);
+    }
+
+    /// How often fields were read and written since [`Self::count_from_here`].
     pub fn accesses(&self) -> u64 {
         self.accesses.get()
     }
