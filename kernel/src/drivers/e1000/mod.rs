@@ -8,6 +8,8 @@
 mod adapter;
 mod registers;
 mod ring;
+#[cfg(test)]
+mod tests;
 
 use alloc::string::{String, ToString};
 use core::fmt;
@@ -23,7 +25,7 @@ use crate::cpu::pic::LegacyLine;
 const VENDOR_INTEL: u16 = 0x8086;
 const DEVICE_82574L: u16 = 0x10d3;
 /// 82543GC, 82544GC, 82540EM, 82545EM (copper), 82546EB, 82545EM (fiber), 82545GM and the 82574L.
-const DEVICES: [u16; 8] = [0x1004, 0x1008, 0x100e, 0x100f, 0x1010, 0x1011, 0x1026, DEVICE_82574L];
+const DEVICES: [u16; 8] = [0x1004, 0x100c, 0x100e, 0x100f, 0x1010, 0x1011, 0x1026, DEVICE_82574L];
 /// Windows for a provoked interrupt to arrive in. It takes microseconds, more where L0 is busy.
 const INTERRUPT_TRIES: u32 = 10_000;
 /// Interrupts on a line for which the device has no cause, in a row, before the line is given up: another device keeps
