@@ -203,17 +203,19 @@ impl DerefMut for Guest {
     }
 }
 
-/// The image of the guest that `program` writes.
+/// The image of the guest `name` that `program` writes.
 ///
 /// # Panics
 /// When its instructions do not assemble, or its names and data are too long.
-pub fn image(program: Program) -> Vec<u8> {
+pub fn image(name: &str, program: Program) -> Vec<u8> {
     let assembler = CodeAssembler::new(64).expect("64 bits are a mode");
     let entry = LOAD + guest::ENTRY as u64;
     let runtime = Runtime::assemble(entry).expect("the runtime assembles");
     let mut guest = Guest { assembler, runtime, pool: Vec::new() };
-    program(&mut guest).and_then(|()| guest.finish()).expect("the guest's instructions assemble");
-    let code = guest.assembler.assemble(layout::CODE).expect("the guest's instructions can be placed");
+    let code = program(&mut guest)
+        .and_then(|()| guest.finish())
+        .and_then(|()| guest.assembler.assemble(layout::CODE));
+    let code = code.unwrap_or_else(|error| panic!("the guest {name} does not assemble: {error}"));
     let mut whole = guest.runtime.code;
     for (at, part) in [(layout::POOL, guest.pool), (layout::CODE, code)] {
         let offset = (at - entry) as usize;
