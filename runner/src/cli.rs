@@ -1,9 +1,11 @@
 //! The command line.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use nestling::bed::{BedKind, UnknownBed};
 
 /// Run CI jobs, each in a fresh virtual machine of its own.
 #[derive(Debug, Parser)]
@@ -48,14 +50,23 @@ pub(crate) struct NodeOptions {
 }
 
 /// What executes a node.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum BedChoice {
-    /// KVM where it can nest, else the emulator
+    /// KVM where it can nest, else QEMU's emulator.
     Auto,
-    /// QEMU's emulator: everywhere, slowly
-    QemuTcg,
-    /// QEMU with KVM: needs an AMD CPU and kvm_amd with nested=1
-    QemuKvm,
+    /// This one.
+    Named(BedKind),
+}
+
+impl FromStr for BedChoice {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<BedChoice, String> {
+        match name {
+            "auto" => Ok(BedChoice::Auto),
+            _ => name.parse().map(BedChoice::Named).map_err(|error: UnknownBed| format!("{error}, or auto")),
+        }
+    }
 }
 
 /// Start a node on this computer
@@ -64,12 +75,20 @@ pub(crate) enum BedChoice {
   nestling up
   nestling up --memory 4096 --port 8080
   nestling up --name second --no-auth
+  nestling up --bed bochs:corei7_skylake_x
+
+Beds:
+  auto           qemu-kvm where KVM can nest, else qemu-tcg
+  qemu-tcg       QEMU's emulator of an AMD CPU: on any computer
+  qemu-kvm       QEMU with KVM: kvm_amd or kvm_intel must be loaded with nested=1
+  bochs[:MODEL]  Bochs, ten times slower than qemu-tcg, but with Intel CPUs too; `bochs -help cpu` lists
+                 the models; at most 2048 MiB [default model: corei7_haswell_4770]
 
 The node listens on 127.0.0.1 only. Its record, log and token are in $XDG_STATE_HOME/nestling/NAME
 (~/.local/state/nestling/NAME), readable by you alone.")]
 pub(crate) struct Up {
-    /// What executes the node
-    #[arg(long, value_enum, default_value = "auto")]
+    /// What executes the node: auto, qemu-tcg, qemu-kvm or bochs[:MODEL]
+    #[arg(long, value_name = "BED", default_value = "auto")]
     pub(crate) bed: BedChoice,
     /// The node's memory; jobs' machines are made from it
     #[arg(long, value_name = "MIB", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
@@ -242,6 +261,18 @@ mod tests {
         let Command::Run(run) = cli.command else { panic!("not run") };
         assert_eq!(run.command, ["sh", "-c", "exit 7", "--env", "--"]);
         assert_eq!(run.env, ["A=b"]);
+    }
+
+    #[test]
+    fn a_bed_is_named_with_its_model_and_others_are_refused_with_those_there_are() {
+        let up = |bed: &str| match Cli::try_parse_from(["nestling", "up", "--bed", bed]) {
+            Ok(Cli { command: Command::Up(up) }) => Ok(up.bed),
+            other => Err(format!("{other:?}")),
+        };
+        assert_eq!(up("auto").unwrap(), BedChoice::Auto);
+        assert_eq!(up("bochs:ryzen").unwrap(), BedChoice::Named(BedKind::Bochs { model: "ryzen".into() }));
+        let error = up("vmware").unwrap_err();
+        assert!(error.contains("qemu-tcg, qemu-kvm, bochs or bochs:MODEL, or auto"), "{error}");
     }
 
     #[test]

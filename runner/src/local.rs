@@ -3,22 +3,25 @@
 use std::fmt;
 use std::fs;
 use std::io;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::accelerator::Accelerator;
+use crate::bed::{BedError, BedKind, Machine, Network, OUTPUT, Program, bochs};
 use crate::client::{Client, ClientError};
 use crate::image;
 use crate::kernel_image;
-use crate::qemu::{self, BadCommandLine, Network, Qemu};
 use crate::ready::{self, NotReady};
-use crate::state::{LocalNode, NodeDir, StateError};
+use crate::state::{LocalNode, NodeDir, SERIAL_LOG, StateError};
 
-/// How long a node may take until it takes jobs. An emulated one on a busy computer needs a while.
+/// How long a node may take until it takes jobs. An emulated one on a busy computer needs a while, and a slower bed
+/// [so many times](BedKind::slowness) as long.
 const READY_TIMEOUT: Duration = Duration::from_secs(180);
-/// How long QEMU may take to end.
+/// How long Bochs may take until it has taken the port.
+const START_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long an emulator may take to end.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often that is looked at.
 const INTERVAL: Duration = Duration::from_millis(20);
@@ -29,7 +32,7 @@ const TOKEN_LENGTH: std::ops::RangeInclusive<usize> = 16..=256;
 #[derive(Clone, Debug)]
 pub struct Options {
     /// What executes it.
-    pub accelerator: Accelerator,
+    pub bed: BedKind,
     /// Its memory in MiB.
     pub memory_mib: u32,
     /// The port on 127.0.0.1, or 0 for any free one.
@@ -58,45 +61,68 @@ pub fn start(
     let image = image::find(options.image.as_deref()).map_err(LocalError::Image)?;
     dir.forget().map_err(LocalError::State)?;
     let auth = options.token.as_ref().map_or("auth=off".to_owned(), |token| format!("token={token}"));
-    let qemu = Qemu {
-        accelerator: options.accelerator,
-        cpu: options.accelerator.default_cpu().to_owned(),
+    let machine = Machine {
+        bed: options.bed.clone(),
+        cpu: None,
         memory_mib: options.memory_mib,
         cores: 1,
         kernel: dir.kernel(),
         image: Some(image.clone()),
         command_line: format!("{auth} name={name}"),
         network: Network::User { port: options.port },
-        serial_log: dir.serial_log(),
+        dir: dir.path().to_owned(),
+        serial_log: SERIAL_LOG,
         qmp_socket: dir.qmp_socket(),
-        extra: Vec::new(),
+        qemu_arguments: Vec::new(),
     };
-    kernel_image::write(&dir.kernel()).map_err(LocalError::Files)?;
-    let config = qemu.config_file().map_err(LocalError::CommandLine)?;
-    dir.write_private("qemu.conf", &config).map_err(LocalError::Files)?;
-
-    phase("starting QEMU");
     let mut node = LocalNode {
         name: name.to_owned(),
         url: String::new(),
         token: options.token.clone(),
         pid: 0,
-        qmp_socket: dir.qmp_socket(),
-        bed: options.accelerator.to_string(),
+        control: if options.bed.is_qemu() { dir.qmp_socket() } else { dir.bochs_lock() },
+        bed: options.bed.clone(),
         image,
         memory_mib: options.memory_mib,
     };
     // Before there is anything to record: should this process end now, `stop` still finds what it started.
     dir.write(&node).map_err(LocalError::State)?;
-    let result = launch(dir, &qemu).and_then(|pid| {
-        node.pid = pid;
-        await_ready(dir, &mut node, interrupted, phase)
-    });
+    let result = launch(dir, &machine, &mut node, &mut phase)
+        .and_then(|()| await_ready(dir, &mut node, interrupted, phase));
     if result.is_err() {
         // The first error is the one to tell.
         let _ = stop(dir, &node);
     }
     result.map(|()| node)
+}
+
+/// Starts the node's emulator, and learns its process and, where it has not ended at once, its URL.
+fn launch(
+    dir: &NodeDir,
+    machine: &Machine,
+    node: &mut LocalNode,
+    phase: &mut impl FnMut(&str),
+) -> Result<(), LocalError> {
+    kernel_image::write(&machine.kernel).map_err(LocalError::Files)?;
+    if !machine.bed.is_qemu() {
+        phase("making the boot disk");
+    }
+    let program = machine.prepare().map_err(LocalError::Bed)?;
+    phase(&format!("starting {}", program.name));
+    let port = if machine.bed.is_qemu() {
+        node.pid = launch_qemu(dir, &program, machine.network)?;
+        node.qmp().and_then(|mut qmp| qmp.forwarded_port()).ok()
+    } else {
+        let process = launch_bochs(dir, &program)?;
+        node.pid = process.id();
+        phase("GRUB loads the kernel and the images");
+        await_port(dir, node, &program, process)?
+    };
+    if let Some(port) = port {
+        node.url = format!("http://127.0.0.1:{port}");
+        dir.write(node).map_err(LocalError::State)?;
+    }
+    Ok(())
 }
 
 /// Refuses what the kernel's command line cannot carry as one word, and what is guessed too easily.
@@ -107,9 +133,10 @@ fn check_token(token: &str) -> Result<(), LocalError> {
 
 /// Starts QEMU in a session of its own and returns its process. With `-daemonize` the command ends once QEMU has taken
 /// hold of all it needs, or says what it could not.
-fn launch(dir: &NodeDir, qemu: &Qemu) -> Result<u32, LocalError> {
-    let output = Command::new(qemu::PROGRAM)
-        .args(qemu.arguments(&dir.config()))
+fn launch_qemu(dir: &NodeDir, program: &Program, network: Network) -> Result<u32, LocalError> {
+    let refused = |words: String| LocalError::Bed(BedError::Refused(program.name, words));
+    let output = Command::new(program.name)
+        .args(&program.arguments)
         .arg("-daemonize")
         .arg("-pidfile")
         .arg(dir.pid_file())
@@ -119,21 +146,69 @@ fn launch(dir: &NodeDir, qemu: &Qemu) -> Result<u32, LocalError> {
         Ok(output) if output.status.success() => {}
         Ok(output) => {
             let words = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-            return Err(match qemu.network {
+            return Err(match network {
                 Network::User { port } if words.contains("host forwarding rule") => {
-                    LocalError::PortTaken(port)
+                    LocalError::Bed(BedError::PortTaken(port))
                 }
-                _ => LocalError::Qemu(words),
+                _ => refused(words),
             });
         }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(LocalError::NoQemu),
-        Err(error) => return Err(LocalError::Qemu(error.to_string())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Err(LocalError::Bed(BedError::NoQemu));
+        }
+        Err(error) => return Err(refused(error.to_string())),
     }
-    dir.recorded_pid()
-        .ok_or_else(|| LocalError::Qemu(format!("{} has no process number", dir.pid_file().display())))
+    dir.recorded_pid().ok_or_else(|| refused(format!("{} has no process number", dir.pid_file().display())))
 }
 
-/// Learns the node's port, records it and waits until it takes jobs.
+/// Starts Bochs in a process group of its own, with a locked file as its standard input: it is locked until Bochs ends.
+fn launch_bochs(dir: &NodeDir, program: &Program) -> Result<Child, LocalError> {
+    // The number is written first, so that what runs can always be found.
+    const SCRIPT: &str = r#"pid=$1 output=$2; shift 2; echo $$ >"$pid"; exec "$@" >"$output" 2>&1"#;
+    let start = || {
+        let lock = fs::OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .read(true)
+            .open(dir.bochs_lock())?;
+        lock.lock()?;
+        program
+            .by_script(SCRIPT, dir.path(), &[dir.pid_file().as_os_str(), OUTPUT.as_ref()])
+            .stdin(lock)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .process_group(0)
+            .spawn()
+    };
+    start().map_err(LocalError::Files)
+}
+
+/// Waits until Bochs listens on the port it was given; none when its node has switched itself off before.
+fn await_port(
+    dir: &NodeDir,
+    node: &LocalNode,
+    program: &Program,
+    mut process: Child,
+) -> Result<Option<u16>, LocalError> {
+    let start = Instant::now();
+    let refused = |words: String| Err(LocalError::Bed(BedError::Refused(program.name, words)));
+    loop {
+        if let Some(port) = program.forwarded_port.filter(|&port| bochs::listens(node.pid, port)) {
+            return Ok(Some(port));
+        }
+        if process.try_wait().map_err(LocalError::Files)?.is_some() {
+            let words = bochs::last_words(dir.path());
+            return if bochs::switched_off(&words) { Ok(None) } else { refused(words) };
+        }
+        if start.elapsed() >= START_TIMEOUT {
+            return refused("it does not listen on the node's port".to_owned());
+        }
+        thread::sleep(INTERVAL);
+    }
+}
+
+/// Waits until the node takes jobs.
 fn await_ready(
     dir: &NodeDir,
     node: &mut LocalNode,
@@ -141,25 +216,30 @@ fn await_ready(
     phase: impl FnMut(&str),
 ) -> Result<(), LocalError> {
     let log = dir.serial_log();
-    let Ok(port) = node.qmp().and_then(|mut qmp| qmp.forwarded_port()) else {
+    if node.url.is_empty() {
         let reason = "the node ended as soon as it started".to_owned();
         let serial = ready::tail(&log, ready::TAIL_LINES);
         return Err(LocalError::NotReady { error: NotReady { reason, serial }, log });
-    };
-    node.url = format!("http://127.0.0.1:{port}");
-    dir.write(node).map_err(LocalError::State)?;
+    }
     let client = Client::new(&node.url, node.token.as_deref()).map_err(LocalError::Client)?;
     let ended = || {
         if interrupted() {
             Some("interrupted".to_owned())
         } else if node.is_running() {
             None
-        } else {
+        } else if node.bed.is_qemu() {
             Some("it switched itself off".to_owned())
+        } else {
+            let words = bochs::last_words(dir.path());
+            Some(match words.as_str() {
+                "" => "Bochs was ended".to_owned(),
+                words if bochs::switched_off(words) => "it switched itself off".to_owned(),
+                words => format!("Bochs says: {words}"),
+            })
         }
     };
-    ready::wait(&client, &log, READY_TIMEOUT, ended, phase)
-        .map_err(|error| LocalError::NotReady { error, log })
+    let timeout = READY_TIMEOUT * node.bed.slowness();
+    ready::wait(&client, &log, timeout, ended, phase).map_err(|error| LocalError::NotReady { error, log })
 }
 
 /// Ends a node and forgets it; whether it ran. The caller has locked `dir`.
@@ -169,14 +249,18 @@ fn await_ready(
 pub fn stop(dir: &NodeDir, node: &LocalNode) -> Result<bool, LocalError> {
     let ran = node.is_running();
     if ran {
-        let asked = node.qmp().and_then(|mut qmp| qmp.quit());
-        // QEMU may end before it has answered: what counts is that it does. One that is stopped does not hear.
-        let deaf = asked.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock);
+        // Bochs cannot be asked. QEMU may end before it has answered: what counts is that it does. One that is stopped does
+        // not hear.
+        let deaf = !node.bed.is_qemu()
+            || node
+                .qmp()
+                .and_then(|mut qmp| qmp.quit())
+                .is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock);
         if deaf || !ends(node) {
             // Its number is not recorded when the command that started it was ended meanwhile.
             let pid = Some(node.pid).filter(|&pid| pid != 0).or_else(|| dir.recorded_pid());
             let pid = pid.ok_or(LocalError::Lost)?;
-            kill(node, pid)?;
+            kill(dir, node, pid)?;
             if !ends(node) {
                 return Err(LocalError::Stuck(pid));
             }
@@ -186,7 +270,7 @@ pub fn stop(dir: &NodeDir, node: &LocalNode) -> Result<bool, LocalError> {
     Ok(ran)
 }
 
-/// Waits until QEMU no longer listens.
+/// Waits until the emulator no longer runs.
 fn ends(node: &LocalNode) -> bool {
     let start = Instant::now();
     while node.is_running() {
@@ -198,11 +282,12 @@ fn ends(node: &LocalNode) -> bool {
     true
 }
 
-/// Kills QEMU, after making sure that its process number is still its own.
-fn kill(node: &LocalNode, pid: u32) -> Result<(), LocalError> {
+/// Kills the emulator, after making sure that its process number is still its own: its arguments name files of the node.
+fn kill(dir: &NodeDir, node: &LocalNode, pid: u32) -> Result<(), LocalError> {
     let arguments = fs::read(Path::new("/proc").join(pid.to_string()).join("cmdline")).unwrap_or_default();
-    let socket = node.qmp_socket.as_os_str().as_encoded_bytes();
-    if !arguments.windows(socket.len()).any(|window| window == socket) {
+    let file = if node.bed.is_qemu() { node.control.clone() } else { dir.path().join(bochs::CONFIG) };
+    let file = file.as_os_str().as_encoded_bytes();
+    if !arguments.windows(file.len()).any(|window| window == file) {
         return Err(LocalError::Stuck(pid));
     }
     let status =
@@ -219,16 +304,10 @@ pub enum LocalError {
     State(StateError),
     /// Another file.
     Files(io::Error),
-    /// The kernel's command line cannot be handed over.
-    CommandLine(BadCommandLine),
+    /// The emulator, or what was asked of it.
+    Bed(BedError),
     /// Not a token.
     Token,
-    /// QEMU is not installed.
-    NoQemu,
-    /// Another program has this port.
-    PortTaken(u16),
-    /// QEMU's own complaint.
-    Qemu(String),
     /// The client could not be made.
     Client(ClientError),
     /// The node did not come up.
@@ -250,27 +329,22 @@ impl fmt::Display for LocalError {
             LocalError::Image(error) => error.fmt(f),
             LocalError::State(error) => error.fmt(f),
             LocalError::Files(error) => write!(f, "cannot prepare the node's files: {error}"),
-            LocalError::CommandLine(error) => error.fmt(f),
+            LocalError::Bed(error) => error.fmt(f),
             LocalError::Token => write!(
                 f,
                 "the token must have {} to {} letters, digits or -._~+/=; leave it out to have one made",
                 TOKEN_LENGTH.start(),
                 TOKEN_LENGTH.end()
             ),
-            LocalError::NoQemu => write!(f, "{} is not installed; {}", qemu::PROGRAM, qemu::INSTALL_HINT),
-            LocalError::PortTaken(port) => {
-                write!(f, "port {port} of 127.0.0.1 cannot be had; leave out --port to get any that is free")
-            }
-            LocalError::Qemu(words) => write!(f, "QEMU did not start: {words}"),
             LocalError::Client(error) => error.fmt(f),
             LocalError::NotReady { error, log } => {
                 write!(f, "{error}\nthe whole log is in {}", log.display())
             }
             LocalError::Lost => {
-                f.write_str("QEMU does not end; end it with `kill -KILL`, once you have found it in the output of `ps -ef`")
+                f.write_str("the emulator does not end; end it with `kill -KILL`, once you have found it in the output of `ps -ef`")
             }
             LocalError::Stuck(pid) => {
-                write!(f, "QEMU (process {pid}) does not end; end it with `kill -KILL {pid}`")
+                write!(f, "the emulator (process {pid}) does not end; end it with `kill -KILL {pid}`")
             }
         }
     }

@@ -22,7 +22,7 @@ pub(crate) const TAIL_LINES: usize = 20;
 /// What the kernel writes before its reason when it cannot go on. It switches itself off then, where it can.
 const REFUSAL: &str = "this node cannot run: ";
 
-/// Waits until the node says it takes jobs. `ended` says how QEMU ended, once it has; `phase` is told what the node is
+/// Waits until the node says it takes jobs. `ended` says how the emulator ended, once it has; `phase` is told what the node is
 /// at, each time that changes.
 ///
 /// # Errors
@@ -37,7 +37,7 @@ pub fn wait(
     let start = Instant::now();
     let mut shown = String::new();
     let reason = loop {
-        // QEMU takes connections before there is a node behind them, and offers them to it again only after seconds:
+        // An emulator takes connections before there is a node behind them, and offers them to it again only after seconds:
         // a new one gets through sooner. A busy computer needs longer to answer, and gets longer with every try.
         let patience = (start.elapsed() / 4).clamp(SHORTEST_ANSWER, LONGEST_ANSWER);
         if matches!(client.ready_within(patience), Ok(true)) {

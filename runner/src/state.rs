@@ -3,17 +3,21 @@
 
 use std::env;
 use std::fmt;
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::qmp::{self, Qmp};
+use crate::bed::qmp::{self, Qmp};
+use crate::bed::{BedKind, bochs, qemu};
 
 /// The node commands mean when nobody names one.
 pub const DEFAULT_NODE: &str = "local";
+
+/// The name of a node's serial log in its directory.
+pub(crate) const SERIAL_LOG: &str = "node.log";
 
 /// Longest name of a node.
 const MAX_NAME: usize = 40;
@@ -29,12 +33,13 @@ pub struct LocalNode {
     pub url: String,
     /// The token it asks for; none when it asks for none.
     pub token: Option<String>,
-    /// QEMU's process; 0 as long as it is not known.
+    /// The emulator's process; 0 as long as it is not known.
     pub pid: u32,
-    /// QEMU's control socket.
-    pub qmp_socket: PathBuf,
-    /// What executes it: `qemu-tcg` or `qemu-kvm`.
-    pub bed: String,
+    /// What shows that the emulator runs: QEMU's control socket, or the file that Bochs keeps locked.
+    #[serde(alias = "qmp_socket")]
+    pub control: PathBuf,
+    /// What executes it.
+    pub bed: BedKind,
     /// The bundle of images it was started with.
     pub image: PathBuf,
     /// Its memory in MiB.
@@ -42,17 +47,17 @@ pub struct LocalNode {
 }
 
 impl LocalNode {
-    /// Whether its QEMU still runs: it listens on its control socket until it ends.
+    /// Whether its emulator still runs: QEMU listens on its control socket until it ends, Bochs keeps its lock.
     pub fn is_running(&self) -> bool {
-        qmp::is_listened_on(&self.qmp_socket)
+        if self.bed.is_qemu() { qmp::is_listened_on(&self.control) } else { is_locked(&self.control) }
     }
 
     /// A connection to its QEMU.
     ///
     /// # Errors
-    /// When QEMU has ended or does not answer.
+    /// When QEMU has ended or does not answer, or it is no QEMU.
     pub fn qmp(&self) -> io::Result<Qmp> {
-        Qmp::connect(&self.qmp_socket)
+        Qmp::connect(&self.control)
     }
 }
 
@@ -161,12 +166,16 @@ impl NodeDir {
     /// Forgets the node; its logs stay until it is started again.
     ///
     /// # Errors
-    /// When its QEMU still runs, or the files cannot be removed.
+    /// When its emulator still runs, or the files cannot be removed.
     pub fn forget(&self) -> Result<(), StateError> {
-        if qmp::is_listened_on(&self.qmp_socket()) {
+        if qmp::is_listened_on(&self.qmp_socket()) || is_locked(&self.bochs_lock()) {
             return Err(StateError::Running { path: self.path.clone(), pid: self.recorded_pid() });
         }
-        for path in [self.record(), self.config(), self.kernel(), self.qmp_socket(), self.pid_file()] {
+        bochs::remove(&self.path).map_err(|error| self.failed(error))?;
+        let config = self.path.join(qemu::CONFIG);
+        for path in
+            [self.record(), config, self.kernel(), self.qmp_socket(), self.bochs_lock(), self.pid_file()]
+        {
             match fs::remove_file(path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(self.failed(error)),
                 _ => {}
@@ -203,7 +212,7 @@ impl NodeDir {
         self.path.join("kernel.elf")
     }
 
-    /// The file QEMU writes its process number to.
+    /// The file that has the emulator's process number.
     pub fn pid_file(&self) -> PathBuf {
         self.path.join("pid")
     }
@@ -213,14 +222,14 @@ impl NodeDir {
         fs::read_to_string(self.pid_file()).ok()?.trim().parse().ok()
     }
 
-    /// QEMU's configuration file, which has the token.
-    pub fn config(&self) -> PathBuf {
-        self.path.join("qemu.conf")
-    }
-
     /// The node's serial log.
     pub fn serial_log(&self) -> PathBuf {
-        self.path.join("node.log")
+        self.path.join(SERIAL_LOG)
+    }
+
+    /// The file that a Bochs keeps locked as long as it runs.
+    pub fn bochs_lock(&self) -> PathBuf {
+        self.path.join("bochs.lock")
     }
 
     /// QEMU's control socket: here, or in the directory for temporary files when the path would be longer than a socket's
@@ -241,6 +250,11 @@ impl NodeDir {
     }
 }
 
+/// Whether a process has the file locked. Nothing is locked that is not there.
+fn is_locked(file: &Path) -> bool {
+    File::open(file).is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
+}
+
 /// What can go wrong with the records of nodes.
 #[derive(Debug)]
 pub enum StateError {
@@ -255,7 +269,7 @@ pub enum StateError {
         /// What went wrong in it.
         error: io::Error,
     },
-    /// A QEMU without a record.
+    /// An emulator without a record.
     Running {
         /// The node's directory.
         path: PathBuf,
@@ -276,10 +290,10 @@ impl fmt::Display for StateError {
                  first no dash"
             ),
             StateError::Running { path, pid } => {
-                write!(f, "a QEMU started from {} still runs; end it with ", path.display())?;
+                write!(f, "an emulator started from {} still runs; end it with ", path.display())?;
                 match pid {
-                    Some(pid) => write!(f, "`kill {pid}`"),
-                    None => write!(f, "`kill`, once you have found it in the output of `ps -ef`"),
+                    Some(pid) => write!(f, "`kill -KILL {pid}`"),
+                    None => write!(f, "`kill -KILL`, once you have found it in the output of `ps -ef`"),
                 }
             }
             StateError::Files { path, error } => write!(f, "the node's files in {}: {error}", path.display()),
@@ -302,8 +316,8 @@ mod tests {
             url: "http://127.0.0.1:1".into(),
             token: Some("00ff".into()),
             pid: 1,
-            qmp_socket: dir.qmp_socket(),
-            bed: "qemu-tcg".into(),
+            control: dir.qmp_socket(),
+            bed: BedKind::QemuTcg,
             image: "/minimal.tar".into(),
             memory_mib: 2048,
         }
@@ -340,6 +354,34 @@ mod tests {
     }
 
     #[test]
+    fn a_node_in_bochs_runs_as_long_as_its_file_is_locked() {
+        let home = tempfile::tempdir().unwrap();
+        let state = State::at(home.path());
+        let dir = state.node("local").unwrap();
+        let _lock = dir.lock().unwrap();
+        let node = LocalNode { bed: BedKind::bochs(), control: dir.bochs_lock(), ..node(&dir) };
+        dir.write(&node).unwrap();
+        assert!(state.running().is_empty());
+        let file = File::create(dir.bochs_lock()).unwrap();
+        assert!(state.running().is_empty());
+        file.lock().unwrap();
+        assert_eq!(state.running(), [node]);
+        assert!(matches!(dir.forget(), Err(StateError::Running { .. })));
+        drop(file);
+        assert!(state.running().is_empty());
+        dir.forget().unwrap();
+        assert!(!dir.bochs_lock().exists());
+    }
+
+    #[test]
+    fn a_record_of_the_release_before_is_understood() {
+        let json = r#"{"name": "local", "url": "http://127.0.0.1:1", "token": null, "pid": 1, "qmp_socket": "/s/qmp",
+            "bed": "qemu-kvm", "image": "/minimal.tar", "memory_mib": 2048}"#;
+        let node: LocalNode = serde_json::from_str(json).unwrap();
+        assert_eq!((node.bed, node.control), (BedKind::QemuKvm, PathBuf::from("/s/qmp")));
+    }
+
+    #[test]
     fn a_node_that_runs_is_not_forgotten() {
         let home = tempfile::tempdir().unwrap();
         let dir = State::at(home.path()).node("local").unwrap();
@@ -347,7 +389,7 @@ mod tests {
         let listener = UnixListener::bind(dir.qmp_socket()).unwrap();
         fs::write(dir.pid_file(), "4711\n").unwrap();
         let error = dir.forget().unwrap_err().to_string();
-        assert!(error.contains("still runs") && error.contains("`kill 4711`"), "{error}");
+        assert!(error.contains("still runs") && error.contains("`kill -KILL 4711`"), "{error}");
         drop(listener);
         dir.forget().unwrap();
         assert!(!dir.pid_file().exists() && !dir.qmp_socket().exists());

@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::time::Duration;
 
-/// Longest wait for bytes. The node itself gives a slow client up sooner.
+/// Longest wait for bytes, in QEMU. The node itself gives a slow client up sooner.
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// One TCP connection to a node.
@@ -50,8 +50,9 @@ impl Connection {
     /// When that fails.
     pub fn open(node: &RunningBed) -> Self {
         let stream = TcpStream::connect(("127.0.0.1", node.port())).expect("connecting to the node");
-        stream.set_read_timeout(Some(LIMIT)).expect("a read timeout can be set");
-        stream.set_write_timeout(Some(LIMIT)).expect("a write timeout can be set");
+        let limit = Some(node.patience(LIMIT));
+        stream.set_read_timeout(limit).expect("a read timeout can be set");
+        stream.set_write_timeout(limit).expect("a write timeout can be set");
         Self { stream, received: Vec::new() }
     }
 
@@ -68,7 +69,7 @@ impl Connection {
     /// The next answer to a request that was not HEAD; none if the connection ends without one.
     ///
     /// # Panics
-    /// When nothing arrives for two minutes, or what arrives is no answer.
+    /// When nothing arrives for two minutes (in QEMU), or what arrives is no answer.
     pub fn answer(&mut self) -> Option<Answer> {
         loop {
             if let Some((answer, length)) = parse(&self.received) {
@@ -86,7 +87,7 @@ impl Connection {
     /// Everything until the node closes the connection.
     ///
     /// # Panics
-    /// When nothing arrives for two minutes.
+    /// When nothing arrives for two minutes (in QEMU).
     pub fn rest(&mut self) -> Vec<u8> {
         while self.receive() {}
         std::mem::take(&mut self.received)
@@ -104,7 +105,7 @@ impl Connection {
             Err(error)
                 if matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) =>
             {
-                panic!("the node was silent for {} s", LIMIT.as_secs())
+                panic!("the node was silent for {:?}", self.stream.read_timeout())
             }
             Err(_) => false,
         }

@@ -5,7 +5,7 @@ use nestling::client::types::{Condition, Job, JobRequest, Status, StepRequest};
 use nestling::client::{ClientError, Finished};
 use std::time::Duration;
 
-/// Longest wait for anything a job does; only a node that hangs takes that long.
+/// Longest wait for anything a job does, in QEMU; only a node that hangs takes that long.
 pub const LIMIT: Duration = Duration::from_secs(180);
 
 /// A step that runs `run`.
@@ -49,9 +49,10 @@ pub fn create(node: &RunningBed, request: &JobRequest) -> Job {
 /// # Panics
 /// When it is not over after [`LIMIT`], or the node does not answer.
 pub fn wait(node: &RunningBed, id: &str) -> Job {
-    match node.client().wait(id, LIMIT) {
+    let limit = node.patience(LIMIT);
+    match node.client().wait(id, limit) {
         Ok(Some(job)) => job,
-        Ok(None) => panic!("the job is not over after {} s: {:?}", LIMIT.as_secs(), node.client().job(id)),
+        Ok(None) => panic!("the job is not over after {} s: {:?}", limit.as_secs(), node.client().job(id)),
         Err(error) => panic!("asking for job {id}: {error}"),
     }
 }
@@ -68,7 +69,7 @@ pub fn wait_until(node: &RunningBed, id: &str, holds: impl Fn(&Job) -> bool) -> 
             return job;
         }
         assert!(job.status != Status::Completed, "the job was over first: {job:?}");
-        assert!(began.elapsed() < LIMIT, "the job did not get there: {job:?}");
+        assert!(began.elapsed() < node.patience(LIMIT), "the job did not get there: {job:?}");
         std::thread::sleep(Duration::from_millis(50));
     }
 }

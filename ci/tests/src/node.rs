@@ -1,6 +1,8 @@
 //! Nodes for tests: shared by the tests of one theme, or a test's own. A test that fails prints the serial logs of the nodes it used.
+//!
+//! Tests of QEMU's options and devices use `Bed::builder`; those that hold on any bed use [`any_bed`], which `NESTLING_BED` chooses.
 
-use nestling::bed::{BedBuilder, RunningBed};
+use nestling::bed::{Bed, BedBuilder, BedKind, RunningBed};
 use nestling::client::types::HostMemory;
 use std::cell::RefCell;
 use std::fs;
@@ -8,7 +10,10 @@ use std::path::PathBuf;
 use std::sync::{Once, OnceLock};
 use std::time::Duration;
 
-/// Longest wait for a node to take jobs. Two emulated nodes share two cores with the tests.
+/// The variable that chooses the bed of [`any_bed`]: `qemu-tcg` (the default), `qemu-kvm`, `bochs` or `bochs:MODEL`.
+pub const BED: &str = "NESTLING_BED";
+
+/// Longest wait for a node to take jobs, in QEMU. Two emulated nodes share two cores with the tests.
 const READY: Duration = Duration::from_secs(60);
 
 /// How much of a serial log a failing test prints.
@@ -42,6 +47,25 @@ impl Shared {
     }
 }
 
+/// The bed that `NESTLING_BED` names.
+///
+/// # Panics
+/// When it names none.
+pub fn bed_kind() -> BedKind {
+    match std::env::var(BED) {
+        Ok(name) if !name.is_empty() => name.parse().unwrap_or_else(|error| panic!("{BED}: {error}")),
+        _ => BedKind::default(),
+    }
+}
+
+/// A node in the bed that `NESTLING_BED` names.
+///
+/// # Panics
+/// When it names none.
+pub fn any_bed() -> BedBuilder {
+    Bed::builder().kind(bed_kind())
+}
+
 /// Starts a node of a test's own and waits until it takes jobs.
 ///
 /// # Panics
@@ -57,7 +81,7 @@ pub fn ready(builder: BedBuilder) -> RunningBed {
 /// Starts a node of a test's own.
 ///
 /// # Panics
-/// When QEMU does not start.
+/// When the emulator does not start.
 pub fn start(builder: BedBuilder) -> RunningBed {
     let bed = builder.start().unwrap_or_else(|error| panic!("{error}"));
     watch(&bed);

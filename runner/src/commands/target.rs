@@ -1,5 +1,7 @@
 //! Which node a command talks to, and which job a user means.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result, bail};
 use nestling::client::types::Job;
 use nestling::client::{Client, ClientError, JobQuery};
@@ -7,6 +9,8 @@ use nestling::state::{DEFAULT_NODE, LocalNode, State};
 
 use crate::cli::NodeOptions;
 
+/// How long a node may be silent on a connection, in QEMU.
+const SILENCE: Duration = Duration::from_secs(60);
 /// Jobs asked for at once.
 const PAGE: u32 = 100;
 /// Length of a whole job ID.
@@ -32,6 +36,7 @@ impl Target {
             );
         }
         let client = Client::new(&node.url, node.token.as_deref())?;
+        let client = client.with_silence_limit(SILENCE * node.bed.slowness());
         Ok(Target { client, local: Some(node) })
     }
 }
@@ -119,6 +124,8 @@ fn all_jobs(client: &Client) -> Result<Vec<Job>, ClientError> {
 
 #[cfg(test)]
 mod tests {
+    use nestling::bed::BedKind;
+
     use super::*;
 
     fn node(name: &str) -> LocalNode {
@@ -127,8 +134,8 @@ mod tests {
             url: "http://127.0.0.1:1".into(),
             token: None,
             pid: 1,
-            qmp_socket: "/nonexistent".into(),
-            bed: "qemu-tcg".into(),
+            control: "/nonexistent".into(),
+            bed: BedKind::QemuTcg,
             image: "/minimal.tar".into(),
             memory_mib: 2048,
         }

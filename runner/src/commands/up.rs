@@ -1,7 +1,7 @@
 //! `nestling up`.
 
 use anyhow::{Result, bail};
-use nestling::accelerator::{Accelerator, HostFacts};
+use nestling::bed::{BedKind, HostFacts};
 use nestling::local::{self, Options};
 use nestling::random;
 use nestling::state::{LocalNode, State};
@@ -44,36 +44,31 @@ pub(super) fn start(options: &Up, interrupt: &Interrupt, progress: &Progress) ->
         // The command that started it was ended meanwhile: we have the lock.
         local::stop(&dir, &node)?;
     }
-    let (accelerator, reason) = choose(options.bed, &HostFacts::read())?;
-    progress.say(&format!("starting node {} in {accelerator}: {reason}", options.name));
+    let (bed, reason) = choose(&options.bed, &HostFacts::read())?;
+    progress.say(&format!("starting node {} in {bed}: {reason}", options.name));
     let token = match &options.token {
         _ if options.no_auth => None,
         Some(token) => Some(token.clone()),
         None => Some(random::hex(32)),
     };
-    let start = Options {
-        accelerator,
-        memory_mib: options.memory,
-        port: options.port,
-        image: options.image.clone(),
-        token,
-    };
+    let start =
+        Options { bed, memory_mib: options.memory, port: options.port, image: options.image.clone(), token };
     let interrupted = || interrupt.exit_code().is_some();
     let phase = |phase: &str| progress.phase(phase);
     Ok((local::start(&dir, &options.name, &start, interrupted, phase)?, false))
 }
 
 /// What executes the node, and why.
-fn choose(bed: BedChoice, facts: &HostFacts) -> Result<(Accelerator, String)> {
-    match bed {
+fn choose(asked: &BedChoice, facts: &HostFacts) -> Result<(BedKind, String)> {
+    match asked {
         BedChoice::Auto => Ok(facts.choose()),
-        BedChoice::QemuTcg => Ok((Accelerator::Tcg, "as asked for".to_owned())),
-        BedChoice::QemuKvm => match facts.kvm_obstacle() {
-            None => Ok((Accelerator::Kvm, "as asked for".to_owned())),
+        BedChoice::Named(BedKind::QemuKvm) => match facts.kvm_obstacle() {
+            None => Ok((BedKind::QemuKvm, "as asked for".to_owned())),
             Some(obstacle) => {
                 bail!("--bed qemu-kvm is not possible here: {obstacle}; leave out --bed, or give qemu-tcg")
             }
         },
+        BedChoice::Named(bed) => Ok((bed.clone(), "as asked for".to_owned())),
     }
 }
 
@@ -84,10 +79,19 @@ mod tests {
     #[test]
     fn kvm_is_refused_with_the_reason_where_it_cannot_nest() {
         let facts =
-            HostFacts { kvm_refused: None, cpu_vendor: "GenuineIntel".to_owned(), kvm_amd_nested: None };
-        let error = choose(BedChoice::QemuKvm, &facts).unwrap_err().to_string();
-        assert!(error.contains("GenuineIntel") && error.contains("qemu-tcg"), "{error}");
-        assert_eq!(choose(BedChoice::QemuTcg, &facts).unwrap().0, Accelerator::Tcg);
-        assert_eq!(choose(BedChoice::Auto, &facts).unwrap().0, Accelerator::Tcg);
+            HostFacts { kvm_refused: None, kvm_module: Some("kvm_intel"), kvm_nested: Some("N".to_owned()) };
+        let error = choose(&BedChoice::Named(BedKind::QemuKvm), &facts).unwrap_err().to_string();
+        assert!(error.contains("kvm_intel") && error.contains("qemu-tcg"), "{error}");
+        assert_eq!(choose(&BedChoice::Auto, &facts).unwrap().0, BedKind::QemuTcg);
+    }
+
+    #[test]
+    fn a_bed_that_is_named_is_taken() {
+        let facts =
+            HostFacts { kvm_refused: None, kvm_module: Some("kvm_amd"), kvm_nested: Some("1".to_owned()) };
+        for bed in [BedKind::QemuTcg, BedKind::QemuKvm, BedKind::bochs()] {
+            assert_eq!(choose(&BedChoice::Named(bed.clone()), &facts).unwrap().0, bed);
+        }
+        assert_eq!(choose(&BedChoice::Auto, &facts).unwrap().0, BedKind::QemuKvm);
     }
 }

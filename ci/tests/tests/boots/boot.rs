@@ -1,7 +1,6 @@
 //! What a node needs to run, and what it says when it is not there.
 
-use nestling::bed::{Bed, BedBuilder};
-use nestling::qemu::Network;
+use nestling::bed::{Bed, BedBuilder, Network};
 use nestling_tests::job::{job, run};
 use nestling_tests::node::{ready, start};
 use std::thread::sleep;

@@ -9,10 +9,10 @@ mod mmio;
 mod msrs;
 mod ports;
 
-use nestling::bed::{Bed, BedBuilder, RunningBed};
+use nestling::bed::{BedBuilder, RunningBed};
 use nestling_tests::bare::{self, Facts, Program};
 use nestling_tests::guest::bundle;
-use nestling_tests::node::Shared;
+use nestling_tests::node::{Shared, any_bed};
 use std::path::PathBuf;
 
 /// The guests of all files.
@@ -29,7 +29,7 @@ fn node_with_guests() -> BedBuilder {
     let guests: Vec<(String, Vec<u8>)> = guests.collect();
     let guests: Vec<(&str, Vec<u8>)> =
         guests.iter().map(|(name, image)| (name.as_str(), image.clone())).collect();
-    Bed::builder().image(bundle(&bundle_path(), &minimal, &guests))
+    any_bed().image(bundle(&bundle_path(), &minimal, &guests))
 }
 
 /// Where the bundle is until the node has read it.

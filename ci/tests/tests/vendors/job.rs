@@ -1,0 +1,91 @@
+//! One whole job over HTTP, with the same result and the same log wherever it runs.
+
+use nestling::client::types::{Conclusion, Condition, StepConclusion};
+use nestling::client::{Finished, LogFrame, Streams};
+use nestling_tests::job::{run, step, step_if, steps};
+use nestling_tests::node::{Shared, any_bed, bed_kind, memory};
+use std::sync::OnceLock;
+
+static NODE: Shared = Shared::new(any_bed);
+
+/// Exits of a machine for one job; SPECIFICATION.md promises fewer for a boot alone.
+const MOST_EXITS: u64 = 4000;
+
+/// What the job's output is, byte for byte: each part with the stream it went to.
+const OUTPUT: &[(&str, &str)] = &[
+    ("stdout", "hello from step one\n1 2 3\n"),
+    ("stderr", "this is standard error\n"),
+    ("stdout", "sum 500500\n30e14955\nfailed as it should\nat last, always\n"),
+];
+
+/// Runs the job once for all tests; the node's free frames before and after.
+fn finished() -> &'static (Finished, u64, u64) {
+    static FINISHED: OnceLock<(Finished, u64, u64)> = OnceLock::new();
+    FINISHED.get_or_init(|| {
+        let mut first = step("echo \"hello from $PLACE\"; seq -s ' ' 1 3");
+        first.env.insert("PLACE".into(), "step one".into());
+        let mut request = steps([
+            first,
+            step("echo 'this is standard error' >&2"),
+            step("awk 'BEGIN { for (i = 1; i <= 1000; i++) s += i; print \"sum\", s }'"),
+            step("head -c 1048576 /dev/zero | sha256sum | cut -c 1-8; exit 7"),
+            step("echo never"),
+            step_if(Condition::Failure, "echo 'failed as it should'"),
+            step_if(Condition::Always, "echo 'at last, always'"),
+        ]);
+        request.env = [("LC_ALL".into(), "C".into())].into();
+        let node = NODE.get();
+        let before = memory(node).free_frames;
+        let finished = run(node, &request);
+        let after = memory(node).free_frames;
+        println!("{}: {:?}", bed_kind(), finished.job.exits);
+        (finished, before, after)
+    })
+}
+
+#[test]
+fn the_same_job_gives_the_same_result_and_log() {
+    let (finished, ..) = finished();
+    let of = |stream: &str| -> String {
+        OUTPUT.iter().filter(|(to, _)| *to == stream).map(|(_, text)| *text).collect()
+    };
+    assert_eq!(String::from_utf8_lossy(&finished.stdout), of("stdout"));
+    assert_eq!(String::from_utf8_lossy(&finished.stderr), of("stderr"));
+    let job = &finished.job;
+    assert_eq!((job.conclusion, job.exit_code), (Some(Conclusion::Failure), Some(7)), "{job:?}");
+    use StepConclusion::{Failure, Skipped, Success};
+    let conclusions: Vec<StepConclusion> = job.steps.iter().filter_map(|step| step.conclusion).collect();
+    assert_eq!(conclusions, [Success, Success, Success, Failure, Skipped, Success, Success]);
+    // The log as it is kept, in the order it was written.
+    let mut log = NODE.get().client().log_stream(&job.id, Streams::Both, 0, true).unwrap();
+    let mut parts: Vec<(String, String)> = Vec::new();
+    while let Some(frame) = log.next_frame().unwrap() {
+        if let LogFrame::Output(stream, data) = frame {
+            let (stream, text) =
+                (format!("{stream:?}").to_lowercase(), String::from_utf8(data.to_vec()).unwrap());
+            match parts.last_mut() {
+                Some((last, so_far)) if *last == stream => so_far.push_str(&text),
+                _ => parts.push((stream, text)),
+            }
+        }
+    }
+    let parts: Vec<(&str, &str)> =
+        parts.iter().map(|(stream, text)| (stream.as_str(), text.as_str())).collect();
+    assert_eq!(parts, OUTPUT);
+}
+
+#[test]
+fn the_jobs_exits_are_counted_by_kind() {
+    let (finished, ..) = finished();
+    let exits = &finished.job.exits;
+    let total = exits.get("total").copied().unwrap_or_default();
+    assert!(total > 0 && total <= MOST_EXITS, "{exits:?}");
+    let sum: u64 = exits.iter().filter(|(kind, _)| *kind != "total").map(|(_, count)| count).sum();
+    assert_eq!(sum, total, "{exits:?}");
+}
+
+#[test]
+fn the_jobs_memory_is_free_again() {
+    let (_, before, after) = finished();
+    assert_eq!(before, after);
+}
