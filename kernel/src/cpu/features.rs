@@ -24,6 +24,12 @@ fn leaf_1_ecx() -> u32 {
     }
 }
 
+/// Whether Intel made the processor, or L0 shows it as Intel's.
+pub fn is_intel() -> bool {
+    let [_, ebx, ecx, edx] = cpuid(0, 0);
+    [ebx, edx, ecx] == [*b"Genu", *b"ineI", *b"ntel"].map(u32::from_le_bytes)
+}
+
 /// x2APIC mode.
 pub fn has_x2apic() -> bool {
     leaf_1_ecx() & 1 << 21 != 0
