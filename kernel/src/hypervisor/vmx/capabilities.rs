@@ -123,11 +123,6 @@ impl Capabilities {
         self.basic as u32 & 0x7FFF_FFFF
     }
 
-    /// Size of a VMXON region and of a VMCS in bytes, 4096 at most.
-    pub const fn vmcs_bytes(&self) -> usize {
-        (self.basic >> 32 & 0x1FFF) as usize
-    }
-
     /// The memory type that the processor uses for VMCSs and what they point to: 0 uncacheable, 6 write-back.
     pub const fn memory_type(&self) -> u8 {
         (self.basic >> 50 & 0xF) as u8
@@ -146,11 +141,6 @@ impl Capabilities {
     /// The preemption timer counts down once every 2 to the power of this many TSC ticks.
     pub const fn preemption_timer_shift(&self) -> u32 {
         self.misc as u32 & 0x1F
-    }
-
-    /// Whether an exit stores EFER.LMA in the entry control "IA-32e mode guest".
-    pub const fn stores_lma_in_entry_controls(&self) -> bool {
-        self.misc & 1 << 5 != 0
     }
 
     /// Whether a guest may be entered in an activity state of `fields::activity` other than active.
@@ -218,11 +208,6 @@ impl Capabilities {
         self.ept_vpid & 1 << 32 != 0
     }
 
-    /// INVVPID of one address of one VPID (type 0).
-    pub const fn has_individual_address_invvpid(&self) -> bool {
-        self.has_invvpid() && self.ept_vpid & 1 << 40 != 0
-    }
-
     /// INVVPID of one VPID (type 1).
     pub const fn has_single_context_invvpid(&self) -> bool {
         self.has_invvpid() && self.ept_vpid & 1 << 41 != 0
@@ -231,10 +216,5 @@ impl Capabilities {
     /// INVVPID of all VPIDs but 0 (type 2).
     pub const fn has_all_context_invvpid(&self) -> bool {
         self.has_invvpid() && self.ept_vpid & 1 << 42 != 0
-    }
-
-    /// INVVPID of one VPID but for its global translations (type 3).
-    pub const fn has_single_context_retaining_globals_invvpid(&self) -> bool {
-        self.has_invvpid() && self.ept_vpid & 1 << 43 != 0
     }
 }

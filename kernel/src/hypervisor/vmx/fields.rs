@@ -1,19 +1,6 @@
 //! The fields of a virtual-machine control structure, by their encodings.
 //!
-//! Intel SDM vol. 3, appendix B (encodings), 25.11.2 (their structure), 25.4.1-25.4.2 (guest state that has a layout of its own).
-
-/// How many bits a field has.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Width {
-    /// 16 bits.
-    Bits16,
-    /// 32 bits.
-    Bits32,
-    /// 64 bits.
-    Bits64,
-    /// As many as the processor's general-purpose registers: 64.
-    Natural,
-}
+//! Intel SDM vol. 3, appendix B (encodings), 25.4.1-25.4.2 (guest state that has a layout of its own).
 
 macro_rules! fields {
     ($($(#[$comment:meta])* $name:ident = $encoding:literal,)*) => {
@@ -227,21 +214,6 @@ impl Field {
     pub const fn encoding(self) -> u32 {
         self as u32
     }
-
-    /// Whether only the processor writes it.
-    pub const fn is_read_only(self) -> bool {
-        self.encoding() >> 10 & 0b11 == 1
-    }
-
-    /// How many bits it has.
-    pub const fn width(self) -> Width {
-        match self.encoding() >> 13 & 0b11 {
-            0 => Width::Bits16,
-            1 => Width::Bits64,
-            2 => Width::Bits32,
-            _ => Width::Natural,
-        }
-    }
 }
 
 /// [`Field::GuestInterruptibility`].
@@ -259,6 +231,7 @@ pub mod interruptibility {
 }
 
 /// [`Field::GuestActivityState`].
+#[allow(dead_code, reason = "the format, whole")]
 pub mod activity {
     /// Executes instructions.
     pub const ACTIVE: u32 = 0;
