@@ -4,6 +4,7 @@
 
 mod api;
 mod boot;
+mod e1000;
 mod exits;
 mod guest;
 mod jobs;
