@@ -54,6 +54,7 @@ fn run(boot: &BootInfo, entry_tsc: u64) -> ! {
 /// The rest of the boot order, on one vendor's virtualization.
 fn run_on<B: Backend>(boot: &BootInfo, frames: FramePool, clock: cpu::clock::Source, components: u64) -> ! {
     let firmware = find_firmware(boot);
+    cpu::barriers::init();
     let backend = B::enable().unwrap_or_else(|refusal| refuse(&refusal));
     report(firmware, clock, &frames, &backend);
     let nic = drivers::nic::find(firmware).unwrap_or_else(|error| refuse(&error));

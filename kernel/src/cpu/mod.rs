@@ -7,6 +7,7 @@ pub mod descriptors;
 pub mod exceptions;
 pub mod features;
 pub mod fpu;
+pub mod guest_registers;
 pub mod interrupts;
 pub mod pic;
 

@@ -60,10 +60,8 @@ pub trait VendorVcpu: CpuState {
     /// The offered interrupt, if the guest took it during the last run.
     fn take_accepted(&mut self) -> Option<Vector>;
 
-    /// Loads what the control block does not hold (debug registers, TSC_AUX); the core's previous vCPU has been unloaded.
-    fn load(&mut self, tsc_aux: u64);
-    /// Loads TSC_AUX while the vCPU is on the core.
-    fn load_tsc_aux(&mut self, value: u64);
+    /// Loads what this vendor's control block does not hold and the other's does; the core's previous vCPU has been unloaded.
+    fn load(&mut self);
     /// Takes it off the core again.
     fn unload(&mut self);
     /// Sees to it that the next run ends within `due` (nanoseconds since boot) unless something else ends it first.

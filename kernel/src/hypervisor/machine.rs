@@ -5,6 +5,7 @@ use super::exit::{Exit, ExitCounts};
 use super::nested::NestedTable;
 use super::ram::{Ram, RamView};
 use crate::cpu::fpu::{self, XsaveArea};
+use crate::cpu::guest_registers::{self, BreakpointAddresses};
 use crate::cpu::{barriers, clock};
 use crate::memory::frames::FramePool;
 use alloc::string::String;
@@ -74,6 +75,7 @@ pub struct Machine<B: Backend> {
     pub(super) ram: Ram,
     pub(super) nested: NestedTable<B::Entry>,
     pub(super) xsave: XsaveArea,
+    pub(super) breakpoints: BreakpointAddresses,
     pub(super) offset: TscOffset,
     pub(super) halted: bool,
     pub(super) end: Option<End>,
@@ -122,6 +124,7 @@ impl<B: Backend> Machine<B> {
             ram,
             nested,
             xsave: XsaveArea::new(components),
+            breakpoints: BreakpointAddresses::default(),
             offset,
             halted: false,
             end: None,
@@ -166,6 +169,7 @@ impl<B: Backend> Machine<B> {
     /// Takes the machine's state off the core.
     pub fn unload(&mut self) {
         self.hardware.unload();
+        self.breakpoints.save();
         self.vcpu.observe_xcr0(fpu::xcr0());
         self.xsave.save();
     }
@@ -175,6 +179,8 @@ impl<B: Backend> Machine<B> {
         barriers::between_machines();
         self.xsave.restore();
         fpu::load_xcr0(self.vcpu.xcr0());
-        self.hardware.load(self.vcpu.tsc_aux());
+        self.breakpoints.load();
+        guest_registers::load_tsc_aux(self.vcpu.tsc_aux());
+        self.hardware.load();
     }
 }

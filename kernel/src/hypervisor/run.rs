@@ -4,7 +4,7 @@ use super::backend::{Backend, TscOffset, VendorVcpu};
 use super::exit::{self, Exit};
 use super::machine::{End, Machine};
 use super::ram::RamView;
-use crate::cpu::{self, clock, fpu, interrupts};
+use crate::cpu::{self, barriers, clock, fpu, guest_registers, interrupts};
 use crate::memory::frames::FramePool;
 use alloc::format;
 use core::ops::RangeInclusive;
@@ -128,6 +128,7 @@ impl<B: Backend> Machine<B> {
         self.vcpu.before_entry(&mut RamView { ram: &mut self.ram, pool: node.pool });
         let due = self.due(node.wake());
         self.hardware.arm(due);
+        barriers::before_entry();
         let exit = self.hardware.run();
         if let Exit::Interrupt = exit {
             cpu::take_interrupts();
@@ -343,7 +344,7 @@ impl<B: Backend> Machine<B> {
             // Guest-physical memory is write-back whatever PAT says, so the guest's PAT is kept by the policy and not loaded.
             MsrEffect::None | MsrEffect::Pat(_) => {}
             MsrEffect::Efer(value) => self.hardware.set_efer(value),
-            MsrEffect::TscAux(value) => self.hardware.load_tsc_aux(value),
+            MsrEffect::TscAux(value) => guest_registers::load_tsc_aux(value),
             MsrEffect::TscOffsetDelta(delta) => {
                 self.offset = TscOffset(self.offset.0.wrapping_add_signed(delta));
                 self.hardware.set_tsc_offset(self.offset.0);

@@ -2,6 +2,7 @@
 //!
 //! AMD APM vol. 2, 15.5 (VMRUN), 15.5.1 (VMLOAD and VMSAVE), 15.17 (global interrupt flag).
 
+use crate::cpu::barriers::overwrite_return_predictions;
 use core::arch::naked_asm;
 use nestling_machine::state::Registers;
 
@@ -64,6 +65,8 @@ pub unsafe extern "sysv64" fn enter(registers: *mut Registers, vmcb: u64, host: 
         "vmload rax",
         "cli",
         "stgi",
+        // Before the first return: the guest may have filled the stack of predicted returns.
+        "call {forget}",
         "pop rdi",
         "pop rdx",
         "pop r15",
@@ -73,5 +76,6 @@ pub unsafe extern "sysv64" fn enter(registers: *mut Registers, vmcb: u64, host: 
         "pop rbx",
         "pop rbp",
         "ret",
+        forget = sym overwrite_return_predictions,
     )
 }

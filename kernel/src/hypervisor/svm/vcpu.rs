@@ -16,13 +16,11 @@ use nestling_machine::state::{
     ControlRegisters, CpuState, DR6_SINGLE_STEP, Exception, Gpr, Registers, Segment, SegmentRegister,
     SystemState, TableRegister, VcpuState,
 };
-use x86_64::registers::model_specific::Msr;
 
 const CR0_PE: u64 = 1 << 0;
 const EFER_SVME: u64 = 1 << 12;
 const EFER_LMA: u64 = 1 << 10;
 const RFLAGS_IF: u64 = 1 << 9;
-const TSC_AUX: u32 = 0xC000_0103;
 const PAT_RESET: u64 = 0x0007_0406_0007_0406;
 /// EXITINFO1 of a nested page fault: during the walk of the guest's own page tables (APM vol. 2, 15.25.6).
 const NPF_PAGE_WALK: u64 = 1 << 33;
@@ -47,7 +45,6 @@ enum Nmi {
 pub struct SvmVcpu {
     vmcb: Pages,
     registers: Registers,
-    debug: [u64; 4],
     offered: Option<Vector>,
     accepted: Option<Vector>,
     nmi: Nmi,
@@ -70,7 +67,6 @@ impl SvmVcpu {
         let mut vcpu = Self {
             vmcb: Pages::new(1),
             registers: state.registers,
-            debug: [0; 4],
             offered: None,
             accepted: None,
             nmi: Nmi::None,
@@ -388,31 +384,11 @@ impl VendorVcpu for SvmVcpu {
         self.accepted.take()
     }
 
-    fn load(&mut self, tsc_aux: u64) {
-        let [dr0, dr1, dr2, dr3] = self.debug;
-        // SAFETY: L1 uses no debug register, and DR7, which arms them, comes from the VMCB.
-        unsafe {
-            core::arch::asm!("mov dr0, {}", "mov dr1, {}", "mov dr2, {}", "mov dr3, {}", in(reg) dr0, in(reg) dr1, in(reg) dr2, in(reg) dr3, options(nomem, nostack, preserves_flags));
-        }
-        self.load_tsc_aux(tsc_aux);
+    fn load(&mut self) {
         self.flush();
     }
 
-    fn load_tsc_aux(&mut self, value: u64) {
-        if crate::cpu::features::has_rdtscp() {
-            // SAFETY: the processor has the MSR, only guests use it, and it takes any 32-bit value.
-            unsafe { Msr::new(TSC_AUX).write(value & 0xFFFF_FFFF) };
-        }
-    }
-
-    fn unload(&mut self) {
-        let [dr0, dr1, dr2, dr3]: [u64; 4];
-        // SAFETY: reads registers.
-        unsafe {
-            core::arch::asm!("mov {}, dr0", "mov {}, dr1", "mov {}, dr2", "mov {}, dr3", out(reg) dr0, out(reg) dr1, out(reg) dr2, out(reg) dr3, options(nomem, nostack, preserves_flags));
-        }
-        self.debug = [dr0, dr1, dr2, dr3];
-    }
+    fn unload(&mut self) {}
 
     fn arm(&mut self, due: Option<RangeInclusive<u64>>) {
         apic::timer_arm(due.map(|due| *due.end()));

@@ -3,6 +3,7 @@
 //! Intel SDM vol. 3, appendix A.
 
 use super::controls::{allows, primary, secondary};
+use core::fmt;
 
 const BASIC: u32 = 0x480;
 const PIN: u32 = 0x481;
@@ -58,6 +59,16 @@ pub struct Capabilities {
     pub vmfunc: u64,
     /// IA32_VMX_VMCS_ENUM.
     pub vmcs_enum: u64,
+}
+
+impl fmt::Display for Capabilities {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, (name, value)) in self.entries().enumerate() {
+            let name = name.strip_prefix("IA32_VMX_").unwrap_or(name);
+            write!(f, "{}{name} {value:#x}", if index == 0 { "" } else { ", " })?;
+        }
+        Ok(())
+    }
 }
 
 impl Capabilities {

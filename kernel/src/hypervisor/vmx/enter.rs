@@ -3,6 +3,7 @@
 //! Intel SDM vol. 3, 27 (VM entries), 28.5 (what an exit loads), 31 (VMLAUNCH, VMRESUME, VMWRITE).
 
 use super::fields::Field;
+use crate::cpu::barriers::overwrite_return_predictions;
 use core::arch::naked_asm;
 use nestling_machine::state::Registers;
 
@@ -93,6 +94,8 @@ pub unsafe extern "sysv64" fn enter(registers: *mut Registers, host_rsp: *mut u6
         "pop rcx",
         "mov [rax + 0*8], rcx",
         "pop rdi",
+        // Before the first return: the guest may have filled the stack of predicted returns.
+        "call {forget}",
         "xor eax, eax",
         "5:",
         "pop r15",
@@ -103,6 +106,7 @@ pub unsafe extern "sysv64" fn enter(registers: *mut Registers, host_rsp: *mut u6
         "pop rbp",
         "cld",
         "ret",
+        forget = sym overwrite_return_predictions,
         host_rsp = const Field::HostRsp as u32,
     )
 }

@@ -99,9 +99,7 @@ impl Backend for Vmx {
         let feature_control = read(FEATURE_CONTROL);
         features::check(ecx, Some(feature_control), None)?;
         let capabilities = Capabilities::read(read);
-        for (name, value) in capabilities.entries() {
-            log::info!("vmx: {name} {value:#x}");
-        }
+        log::info!("vmx: {capabilities}");
         features::check(ecx, Some(feature_control), Some(&capabilities))?;
         let controls = Controls::choose(&capabilities)?;
         if let Some(value) = features::feature_control_to_write(feature_control) {

@@ -45,7 +45,6 @@ const DR6_CAUSES: u64 = 0x600F;
 const DR6_ADDRESSES: u64 = 0xF;
 const DR7_RESET: u64 = 0x400;
 const DR7_GENERAL_DETECT: u64 = 1 << 13;
-const TSC_AUX: u32 = 0xC000_0103;
 /// STAR, LSTAR, CSTAR, SFMASK, KERNEL_GS_BASE: guests reach them without an exit, and L1 has no use for them.
 const SWITCHED_MSRS: [u32; 5] = [0xC000_0081, 0xC000_0082, 0xC000_0083, 0xC000_0084, 0xC000_0102];
 
@@ -85,7 +84,6 @@ pub struct VmxVcpu {
     /// EFER as the guest wrote it; LMA follows CR0.PG.
     efer: u64,
     /// What is not in the VMCS, while the vCPU is off the core.
-    debug: [u64; 4],
     dr6: u64,
     cr2: u64,
     msrs: [u64; 5],
@@ -138,7 +136,6 @@ impl VmxVcpu {
             interruptibility: CachedField::new(Field::GuestInterruptibility),
             cr0_shadow: s.cr0,
             efer: s.efer & !EFER_LMA,
-            debug: [0; 4],
             dr6: s.dr6,
             cr2: s.cr2,
             msrs: [0; 5],
@@ -679,37 +676,20 @@ impl VendorVcpu for VmxVcpu {
         self.accepted.take()
     }
 
-    fn load(&mut self, tsc_aux: u64) {
-        let [dr0, dr1, dr2, dr3] = self.debug;
-        let cr2 = self.cr2;
-        // SAFETY: L1 uses neither debug registers nor CR2, and DR7, which arms breakpoints, comes from the VMCS.
-        unsafe {
-            asm!("mov dr0, {}", "mov dr1, {}", "mov dr2, {}", "mov dr3, {}", "mov cr2, {}", in(reg) dr0, in(reg) dr1, in(reg) dr2, in(reg) dr3, in(reg) cr2, options(nomem, nostack, preserves_flags));
-        }
+    fn load(&mut self) {
+        // SAFETY: L1 uses neither CR2 nor a breakpoint that could show in DR6.
+        unsafe { asm!("mov cr2, {}", in(reg) self.cr2, options(nomem, nostack, preserves_flags)) };
         write_dr6(self.dr6);
         for (index, value) in SWITCHED_MSRS.into_iter().zip(self.msrs) {
             // SAFETY: registers of 64-bit mode that L1 does not use; the values are the processor's own, or zero.
             unsafe { Msr::new(index).write(value) };
         }
-        self.load_tsc_aux(tsc_aux);
         self.vmcs.make_current();
     }
 
-    fn load_tsc_aux(&mut self, value: u64) {
-        if crate::cpu::features::has_rdtscp() {
-            // SAFETY: the processor has the MSR, only guests use it, and it takes any 32-bit value.
-            unsafe { Msr::new(TSC_AUX).write(value & 0xFFFF_FFFF) };
-        }
-    }
-
     fn unload(&mut self) {
-        let [dr0, dr1, dr2, dr3, cr2]: [u64; 5];
-        // SAFETY: reads registers.
-        unsafe {
-            asm!("mov {}, dr0", "mov {}, dr1", "mov {}, dr2", "mov {}, dr3", "mov {}, cr2", out(reg) dr0, out(reg) dr1, out(reg) dr2, out(reg) dr3, out(reg) cr2, options(nomem, nostack, preserves_flags));
-        }
-        self.debug = [dr0, dr1, dr2, dr3];
-        self.cr2 = cr2;
+        // SAFETY: reads a register.
+        unsafe { asm!("mov {}, cr2", out(reg) self.cr2, options(nomem, nostack, preserves_flags)) };
         self.dr6 = read_dr6();
         for (index, value) in SWITCHED_MSRS.into_iter().zip(&mut self.msrs) {
             // SAFETY: registers of 64-bit mode.
