@@ -8,6 +8,7 @@ mod instructions;
 mod mmio;
 mod msrs;
 mod ports;
+mod state;
 
 use nestling::bed::{BedBuilder, RunningBed};
 use nestling_tests::bare::{self, Facts, Program};
@@ -17,7 +18,7 @@ use std::path::PathBuf;
 
 /// The guests of all files.
 const GUESTS: &[&[(&str, Program)]] =
-    &[cpuid::GUESTS, instructions::GUESTS, mmio::GUESTS, msrs::GUESTS, ports::GUESTS];
+    &[cpuid::GUESTS, instructions::GUESTS, mmio::GUESTS, msrs::GUESTS, ports::GUESTS, state::GUESTS];
 
 /// The node that runs them.
 static NODE: Shared = Shared::new(node_with_guests);
