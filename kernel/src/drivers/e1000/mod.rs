@@ -29,8 +29,8 @@ const DEVICES: [u16; 8] = [0x1004, 0x100c, 0x100e, 0x100f, 0x1010, 0x1011, 0x102
 /// Windows for a provoked interrupt to arrive in. It takes microseconds, more where L0 is busy.
 const INTERRUPT_TRIES: u32 = 10_000;
 /// Interrupts on a line for which the device has no cause, in a row, before the line is given up: another device keeps
-/// it asserted.
-const MOST_UNCLAIMED: u32 = 1000;
+/// it asserted, and nobody here would ever silence that one.
+const MOST_UNCLAIMED: u32 = 100;
 
 /// How the device interrupts.
 enum Interrupt {
