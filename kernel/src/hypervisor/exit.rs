@@ -49,8 +49,12 @@ pub enum Exit {
         /// To CR8 rather than from it.
         write: bool,
     },
+    /// MOV to CR8, on a processor that does not tell from which register.
+    TaskPriorityWrite,
     /// An access to a control register that the backend has already dealt with.
     ControlRegister,
+    /// INT1, not executed yet.
+    Int1,
     /// XSETBV.
     Xsetbv,
     /// INVD or WBINVD.
@@ -117,8 +121,8 @@ impl Exit {
             Self::NestedFault { .. } => MMIO,
             Self::Xsetbv => 12,
             Self::CacheFlush => 13,
-            Self::TaskPriority { .. } | Self::ControlRegister => 14,
-            Self::Faulting(_) | Self::Exception(_) => 15,
+            Self::TaskPriority { .. } | Self::TaskPriorityWrite | Self::ControlRegister => 14,
+            Self::Faulting(_) | Self::Exception(_) | Self::Int1 => 15,
             Self::MachineCheck | Self::Shutdown | Self::Unexpected { .. } => 16,
         }
     }

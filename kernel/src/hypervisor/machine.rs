@@ -31,6 +31,8 @@ pub enum End {
     TripleFault,
     /// HLT with interrupts off: nothing can wake it.
     Halted,
+    /// An INIT from itself: nothing can start it again.
+    WaitsForStartUp,
     /// The node ran out of frames for its RAM.
     OutOfFrames,
     /// The guest did what the hypervisor does not support; the text says what.
@@ -43,6 +45,9 @@ impl fmt::Display for End {
             Self::Platform(end) => end.fmt(f),
             Self::TripleFault => f.write_str("the guest's CPU shut down after a triple fault"),
             Self::Halted => f.write_str("the guest's CPU halted with interrupts off and can never wake"),
+            Self::WaitsForStartUp => {
+                f.write_str("the guest's CPU sent itself an INIT and no other CPU can start it again")
+            }
             Self::OutOfFrames => f.write_str("the node has no free memory left for the guest"),
             Self::Unsupported(what) => write!(f, "the guest did what nestling does not support: {what}"),
         }

@@ -14,7 +14,7 @@ use nestling_machine::memory::{GuestMemory, MemoryError};
 use nestling_machine::platform::{Entropy, Platform, VsockState};
 use nestling_machine::state::{CpuState, Exception, Gpr};
 use nestling_machine::vcpu::emulate::{self, Bus, Emulation, Stop};
-use nestling_machine::vcpu::{Lapic, MsrEffect};
+use nestling_machine::vcpu::{Lapic, MsrEffect, Reception};
 
 /// The CPUID leaf whose sizes follow XCR0.
 const XSTATE_LEAF: u32 = 0xD;
@@ -22,8 +22,8 @@ const XSTATE_LEAF: u32 = 0xD;
 const RFLAGS_TF: u64 = 1 << 8;
 const RFLAGS_IF: u64 = 1 << 9;
 
-/// #DB.
-const SINGLE_STEP: Exception = Exception { vector: Vector(1), error_code: None, cr2: None };
+/// #DB; why is said in DR6.
+const DEBUG: Exception = Exception { vector: Vector(1), error_code: None, cr2: None };
 
 /// See [`Machine::timer_slack_ns`].
 const BOOT_TIMER_SLACK_NS: u64 = 20_000_000;
@@ -108,8 +108,8 @@ impl<B: Backend> Machine<B> {
         self.vcpu.lapic.advance(now);
         while let Some(message) = self.platform.take_interrupt() {
             if self.vcpu.lapic.accepts(&message) {
-                // INIT and SIPI for the only vCPU have no effect by message; everything else is in the APIC now.
-                let _ = self.vcpu.lapic.deliver(&message);
+                let reception = self.vcpu.lapic.deliver(&message);
+                self.receive(reception);
             }
         }
         if self.halted && (self.vcpu.lapic.pending().is_some()) {
@@ -146,7 +146,17 @@ impl<B: Backend> Machine<B> {
             self.platform.end_of_interrupt(vector);
         }
         while let Some(ipi) = self.vcpu.lapic.take_ipi() {
-            log::debug!("an interprocessor interrupt to a processor that is not there: {ipi:?}");
+            if self.vcpu.lapic.accepts_ipi(&ipi) {
+                let reception = self.vcpu.lapic.deliver_ipi(&ipi);
+                self.receive(reception);
+            }
+        }
+    }
+
+    /// What the local APIC cannot do for the processor. A start-up interrupt means nothing to one that runs.
+    fn receive(&mut self, reception: Reception) {
+        if reception == Reception::Init {
+            self.end = Some(End::WaitsForStartUp);
         }
     }
 
@@ -193,6 +203,11 @@ impl<B: Backend> Machine<B> {
                 self.end = Some(End::Unsupported(format!("{what}, at {:#x}", address.0)));
             }
             Exit::TaskPriority { register, write } => self.task_priority(register, write, node),
+            Exit::TaskPriorityWrite => self.task_priority_write(node),
+            Exit::Int1 => {
+                self.skip(node);
+                self.hardware.inject(DEBUG);
+            }
             Exit::Xsetbv => self.xsetbv(node),
             Exit::CacheFlush => self.skip(node),
             Exit::Faulting(exception) | Exit::Exception(exception) => self.hardware.inject(exception),
@@ -252,7 +267,7 @@ impl<B: Backend> Machine<B> {
         self.hardware.clear_interrupt_shadow();
         if self.hardware.rflags() & RFLAGS_TF != 0 {
             self.hardware.note_single_step();
-            self.hardware.inject(SINGLE_STEP);
+            self.hardware.inject(DEBUG);
         }
     }
 
@@ -337,6 +352,14 @@ impl<B: Backend> Machine<B> {
             }
         }
         self.skip(node);
+    }
+
+    fn task_priority_write(&mut self, node: &mut Node<'_>) {
+        let mut memory = RamView { ram: &mut self.ram, pool: node.pool };
+        match emulate::source_register(&self.hardware, &mut memory) {
+            Ok(register) => self.task_priority(register, true, node),
+            Err(stop) => self.stop(stop),
+        }
     }
 
     fn carry_out(&mut self, effect: MsrEffect) {

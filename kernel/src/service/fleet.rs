@@ -32,7 +32,9 @@ fn machine_end(end: End) -> MachineEnd {
             MachineEnd::DeviceFault(fault.to_string())
         }
         End::TripleFault => MachineEnd::TripleFault,
-        End::Halted | End::OutOfFrames | End::Unsupported(_) => MachineEnd::InternalError(end.to_string()),
+        End::Halted | End::WaitsForStartUp | End::OutOfFrames | End::Unsupported(_) => {
+            MachineEnd::InternalError(end.to_string())
+        }
     }
 }
 

@@ -4,6 +4,7 @@
 
 mod enter;
 mod features;
+mod nmi;
 mod permission_maps;
 mod vcpu;
 mod vmcb;

@@ -3,6 +3,7 @@
 //! AMD APM vol. 2, 15.6-15.13 (exits), 15.20-15.21 (events and interrupts), Appendix C (exit codes).
 
 use super::enter::enter;
+use super::nmi::{Delivery, Nmi};
 use super::permission_maps::PermissionMaps;
 use super::vmcb::{self, Vmcb, exit_code, intercept1, intercept2};
 use crate::cpu::apic;
@@ -26,20 +27,11 @@ const PAT_RESET: u64 = 0x0007_0406_0007_0406;
 const NPF_PAGE_WALK: u64 = 1 << 33;
 const DR6_RESET: u64 = 0xFFFF_0FF0;
 const DR7_RESET: u64 = 0x400;
+/// Vectors below are exceptions', or reserved for them.
+const FIRST_INTERRUPT: u8 = 32;
 const DEBUG_EXCEPTION: u8 = 1;
-const NMI: u8 = 2;
 const ALIGNMENT_CHECK: u8 = 17;
 const MACHINE_CHECK: u8 = 18;
-
-/// Where the guest stands with non-maskable interrupts, which processors without virtual NMI do not track: from delivery to the
-/// next IRET, which is intercepted for that, no second one is delivered (APM vol. 2, 15.21.10 and 8.1.2).
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Nmi {
-    None,
-    Pending,
-    Blocked,
-    BlockedAndPending,
-}
 
 /// A vCPU's VMCB and what the VMCB does not hold.
 pub struct SvmVcpu {
@@ -48,6 +40,8 @@ pub struct SvmVcpu {
     offered: Option<Vector>,
     accepted: Option<Vector>,
     nmi: Nmi,
+    /// What waits for the guest to be entered wants it to be left again as soon as possible.
+    hurry: bool,
     nrip_save: bool,
     /// RIP after the exiting instruction, where this exit gave it.
     next_rip: Option<u64>,
@@ -69,7 +63,8 @@ impl SvmVcpu {
             registers: state.registers,
             offered: None,
             accepted: None,
-            nmi: Nmi::None,
+            nmi: Nmi::new(),
+            hurry: false,
             nrip_save,
             next_rip: None,
             maps,
@@ -96,6 +91,7 @@ impl SvmVcpu {
             | intercept2::STGI
             | intercept2::CLGI
             | intercept2::SKINIT
+            | intercept2::ICEBP
             | intercept2::WBINVD
             | intercept2::MONITOR
             | intercept2::MWAIT
@@ -143,11 +139,15 @@ impl SvmVcpu {
 
     /// Notes which event the exit interrupted, so that the next entry delivers it again.
     fn keep_interrupted_event(&mut self) {
-        let info = self.block().exit_int_info;
+        let mut info = self.block().exit_int_info;
         let pending = info & vmcb::EVENT_VALID != 0;
-        // INT n (and INT3, INTO, which are exceptions of type 4 or 3) has not changed RIP: the instruction runs again instead.
         let vector = info as u8;
-        let kind = info >> vmcb::EVENT_TYPE_SHIFT & 7;
+        // QEMU calls virtual interrupts exceptions, of which there are none with these vectors.
+        if vector >= FIRST_INTERRUPT && info & vmcb::EVENT_TYPE == vmcb::EVENT_EXCEPTION {
+            info &= !vmcb::EVENT_TYPE;
+        }
+        let kind = info & vmcb::EVENT_TYPE;
+        // INT n (and INT3, INTO, which are exceptions of type 4 or 3) has not changed RIP: the instruction runs again instead.
         let software =
             kind == vmcb::EVENT_SOFTWARE || kind == vmcb::EVENT_EXCEPTION && (vector == 3 || vector == 4);
         self.block_mut().event_inject = if pending && !software { info } else { 0 };
@@ -162,19 +162,10 @@ impl SvmVcpu {
 
     /// Delivers a pending NMI when nothing stands before it.
     fn deliver_nmi(&mut self) {
-        let b = self.block_mut();
-        if b.event_inject & vmcb::EVENT_VALID == 0 && b.interrupt_shadow & 1 == 0 {
-            b.event_inject = u64::from(NMI) | vmcb::EVENT_NMI << vmcb::EVENT_TYPE_SHIFT | vmcb::EVENT_VALID;
-            b.intercept1 |= intercept1::IRET;
-            self.nmi = Nmi::Blocked;
-        }
-    }
-
-    /// The guest is about to return from its NMI handler.
-    fn unblock_nmi(&mut self) -> Exit {
-        self.block_mut().intercept1 &= !intercept1::IRET;
-        self.nmi = if self.nmi == Nmi::BlockedAndPending { Nmi::Pending } else { Nmi::None };
-        Exit::InterruptWindow
+        let (mut nmi, mut registers) = (self.nmi, self.registers);
+        let delivery = nmi.deliver(self.block_mut(), registers.rip, &mut registers.rflags);
+        (self.nmi, self.registers) = (nmi, registers);
+        self.hurry = delivery == Delivery::Soon;
     }
 
     fn exit(&mut self) -> Exit {
@@ -184,11 +175,18 @@ impl SvmVcpu {
         let (info1, info2, next_rip) = (b.exit_info1, b.exit_info2, b.next_rip);
         let delivering = b.exit_int_info & vmcb::EVENT_VALID != 0;
         self.next_rip = (self.nrip_save && next_rip != 0).then_some(next_rip);
+        let (mut nmi, rip) = (self.nmi, self.registers.rip);
+        let ours = nmi.after_exit(self.block_mut(), code, rip);
+        self.nmi = nmi;
+        if ours {
+            return Exit::InterruptWindow;
+        }
         match code {
             exit_code::INTR => Exit::Interrupt,
             exit_code::NMI => Exit::Nmi,
             exit_code::VINTR => Exit::InterruptWindow,
-            exit_code::IRET => self.unblock_nmi(),
+            exit_code::WRITE_CR8 => Exit::TaskPriorityWrite,
+            exit_code::ICEBP => Exit::Int1,
             exit_code::CPUID => Exit::Cpuid,
             exit_code::HLT => Exit::Hlt,
             exit_code::MSR if info1 == 0 => Exit::ReadMsr,
@@ -336,9 +334,7 @@ impl VendorVcpu for SvmVcpu {
         if b.event_inject & vmcb::EVENT_VALID != 0 {
             return;
         }
-        let mut event = u64::from(exception.vector.0)
-            | vmcb::EVENT_EXCEPTION << vmcb::EVENT_TYPE_SHIFT
-            | vmcb::EVENT_VALID;
+        let mut event = u64::from(exception.vector.0) | vmcb::EVENT_EXCEPTION | vmcb::EVENT_VALID;
         // Real mode pushes no error codes.
         if let Some(code) = exception.error_code.filter(|_| b.cr0 & CR0_PE != 0) {
             event |= vmcb::EVENT_HAS_ERROR | u64::from(code) << 32;
@@ -350,29 +346,30 @@ impl VendorVcpu for SvmVcpu {
     }
 
     fn inject_nmi(&mut self) {
-        self.nmi = match self.nmi {
-            Nmi::None | Nmi::Pending => Nmi::Pending,
-            Nmi::Blocked | Nmi::BlockedAndPending => Nmi::BlockedAndPending,
-        };
+        self.nmi.send();
     }
 
     fn offer_interrupt(&mut self, vector: Option<Vector>) {
+        // It comes first.
+        self.deliver_nmi();
         let open = self.registers.rflags & RFLAGS_IF != 0;
         self.offered = None;
         let b = self.block_mut();
         b.int_control &= !vmcb::V_IRQ;
+        b.intercept_cr &= !vmcb::INTERCEPT_CR8_WRITE;
         let Some(vector) = vector else { return };
         let priority = u32::from(vector.0 >> 4);
-        if open
-            && priority > b.int_control & vmcb::V_TPR
-            && b.interrupt_shadow & 1 == 0
-            && b.event_inject & vmcb::EVENT_VALID == 0
-        {
-            b.event_inject =
-                u64::from(vector.0) | vmcb::EVENT_INTERRUPT << vmcb::EVENT_TYPE_SHIFT | vmcb::EVENT_VALID;
+        let unmasked = priority > b.int_control & vmcb::V_TPR;
+        if open && unmasked && b.interrupt_shadow & 1 == 0 && b.event_inject & vmcb::EVENT_VALID == 0 {
+            b.event_inject = u64::from(vector.0) | vmcb::EVENT_INTERRUPT | vmcb::EVENT_VALID;
             self.accepted = Some(vector);
-        } else {
-            // The processor delivers it when the guest opens the window and its CR8 allows: no exit just for that.
+            return;
+        }
+        // While one waits, CR8 is not to change without our knowledge: QEMU compares priorities otherwise than the processor, and ends
+        // when a guest writes CR8 with a virtual interrupt pending.
+        b.intercept_cr |= vmcb::INTERCEPT_CR8_WRITE;
+        if unmasked {
+            // The processor delivers it when the guest opens the window: no exit just for that.
             b.int_control =
                 b.int_control & !vmcb::V_INTR_PRIO | vmcb::V_IRQ | priority << vmcb::V_INTR_PRIO_SHIFT;
             b.int_vector = u32::from(vector.0);
@@ -399,8 +396,8 @@ impl VendorVcpu for SvmVcpu {
     }
 
     fn run(&mut self) -> Exit {
-        if self.nmi == Nmi::Pending {
-            self.deliver_nmi();
+        if self.hurry {
+            apic::timer_arm(Some(0));
         }
         let registers = self.registers;
         let b = self.block_mut();

@@ -30,6 +30,7 @@ pub mod intercept2 {
     pub const STGI: u32 = 1 << 4;
     pub const CLGI: u32 = 1 << 5;
     pub const SKINIT: u32 = 1 << 6;
+    pub const ICEBP: u32 = 1 << 8;
     pub const WBINVD: u32 = 1 << 9;
     pub const MONITOR: u32 = 1 << 10;
     pub const MWAIT: u32 = 1 << 11;
@@ -40,6 +41,7 @@ pub mod intercept2 {
 
 /// Exit codes, Appendix C.
 pub mod exit_code {
+    pub const WRITE_CR8: u32 = 0x18;
     pub const EXCP_BASE: u32 = 0x40;
     pub const EXCP_LAST: u32 = 0x5F;
     pub const INTR: u32 = 0x60;
@@ -56,6 +58,7 @@ pub mod exit_code {
     pub const SHUTDOWN: u32 = 0x7F;
     pub const VMRUN: u32 = 0x80;
     pub const SKINIT: u32 = 0x86;
+    pub const ICEBP: u32 = 0x88;
     pub const WBINVD: u32 = 0x89;
     pub const MONITOR: u32 = 0x8A;
     pub const MWAIT_CONDITIONAL: u32 = 0x8C;
@@ -63,6 +66,9 @@ pub mod exit_code {
     pub const RDPRU: u32 = 0x8E;
     pub const NPF: u32 = 0x400;
 }
+
+/// Of the word at offset 0x00: writes of CR8.
+pub const INTERCEPT_CR8_WRITE: u32 = 1 << 24;
 
 /// V_IRQ: a virtual interrupt is pending.
 pub const V_IRQ: u32 = 1 << 8;
@@ -79,16 +85,16 @@ pub const V_TPR: u32 = 0xF;
 pub const EVENT_VALID: u64 = 1 << 31;
 /// EVENTINJ and EXITINTINFO: an error code is in the upper half.
 pub const EVENT_HAS_ERROR: u64 = 1 << 11;
-/// EVENTINJ and EXITINTINFO: where the event's type stands.
-pub const EVENT_TYPE_SHIFT: u32 = 8;
+/// EVENTINJ and EXITINTINFO: the event's type.
+pub const EVENT_TYPE: u64 = 7 << 8;
 /// Event type: external or virtual interrupt.
-pub const EVENT_INTERRUPT: u64 = 0;
+pub const EVENT_INTERRUPT: u64 = 0 << 8;
 /// Event type: NMI.
-pub const EVENT_NMI: u64 = 2;
+pub const EVENT_NMI: u64 = 2 << 8;
 /// Event type: exception.
-pub const EVENT_EXCEPTION: u64 = 3;
+pub const EVENT_EXCEPTION: u64 = 3 << 8;
 /// Event type: INT n.
-pub const EVENT_SOFTWARE: u64 = 4;
+pub const EVENT_SOFTWARE: u64 = 4 << 8;
 
 /// TLB_CONTROL: flush everything at entry; the only value every processor (and emulator) acts on.
 pub const TLB_FLUSH_ALL: u8 = 1;

@@ -6,7 +6,7 @@ use super::Stop;
 use super::translate::{Access, CR0_PE, translate};
 use crate::address::GuestVirtAddr;
 use crate::memory::{GuestMemory, MemoryError};
-use crate::state::{CpuState, EFER_LMA, Exception, Segment, SegmentRegister};
+use crate::state::{CpuState, EFER_LMA, Exception, Gpr, Segment, SegmentRegister};
 use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction};
 
 const RFLAGS_VM: u64 = 1 << 17;
@@ -147,12 +147,25 @@ pub fn instruction_length(state: &dyn CpuState, memory: &mut dyn GuestMemory) ->
     }
 }
 
+/// The general-purpose register that is the last operand of the instruction at CS:RIP, for exits of processors that do not tell.
+///
+/// # Errors
+/// The instruction cannot be fetched or decoded, or has no such operand.
+pub fn source_register(state: &dyn CpuState, memory: &mut dyn GuestMemory) -> Result<Gpr, Stop> {
+    let (instruction, window) = decode(state, memory)?;
+    let register = instruction.op_register(instruction.op_count().saturating_sub(1));
+    if !register.is_gpr() {
+        return Err(window.unsupported());
+    }
+    Ok(Gpr::from_number(register.full_register().number() as u8))
+}
+
 /// Lengths of the instructions that exit most often, without the decoder's tables.
 fn known_length(bytes: &[u8], long_mode: bool) -> Option<u8> {
     let prefixes = bytes.iter().take_while(|byte| is_prefix(**byte, long_mode)).count();
     let length = match bytes.get(prefixes..)? {
-        // HLT, string I/O, I/O by DX.
-        [0xF4 | 0x6C..=0x6F | 0xEC..=0xEF, ..] => 1,
+        // INT1, HLT, string I/O, I/O by DX.
+        [0xF1 | 0xF4 | 0x6C..=0x6F | 0xEC..=0xEF, ..] => 1,
         // I/O by an immediate port.
         [0xE4..=0xE7, _, ..] => 2,
         // CLTS, INVD, WBINVD, WRMSR, RDTSC, RDMSR, RDPMC, CPUID.
