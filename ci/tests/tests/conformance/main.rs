@@ -5,6 +5,7 @@
 
 mod cpuid;
 mod instructions;
+mod interrupts;
 mod mmio;
 mod msrs;
 mod ports;
@@ -17,8 +18,15 @@ use nestling_tests::node::{Shared, any_bed};
 use std::path::PathBuf;
 
 /// The guests of all files.
-const GUESTS: &[&[(&str, Program)]] =
-    &[cpuid::GUESTS, instructions::GUESTS, mmio::GUESTS, msrs::GUESTS, ports::GUESTS, state::GUESTS];
+const GUESTS: &[&[(&str, Program)]] = &[
+    cpuid::GUESTS,
+    instructions::GUESTS,
+    interrupts::GUESTS,
+    mmio::GUESTS,
+    msrs::GUESTS,
+    ports::GUESTS,
+    state::GUESTS,
+];
 
 /// The node that runs them.
 static NODE: Shared = Shared::new(node_with_guests);
@@ -51,7 +59,7 @@ fn node() -> &'static RunningBed {
 }
 
 /// Whether the processor is QEMU's emulation, which checks neither reserved bits of CR4 nor that an address in an MSR is canonical, and does
-/// not intercept XSETBV. A test that accepts that says so.
+/// not intercept XSETBV, among others. A test that accepts that says so.
 fn is_emulated_by_qemu() -> bool {
     std::env::var("NESTLING_BED").map_or(true, |bed| bed.is_empty() || bed.starts_with("qemu-tcg"))
 }
