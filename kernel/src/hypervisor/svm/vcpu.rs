@@ -302,6 +302,12 @@ impl CpuState for SvmVcpu {
     }
 }
 
+/// Puts CR2 where the guest finds it though VMRUN should: Bochs' does not, and shows what stands in the register (15.5.1).
+fn load_cr2(value: u64) {
+    // SAFETY: L1 has no page fault that it goes on from, so nothing reads its own CR2.
+    unsafe { core::arch::asm!("mov cr2, {}", in(reg) value, options(nomem, nostack, preserves_flags)) };
+}
+
 impl VendorVcpu for SvmVcpu {
     fn set_efer(&mut self, value: u64) {
         let b = self.block_mut();
@@ -342,6 +348,7 @@ impl VendorVcpu for SvmVcpu {
         b.event_inject = event;
         if let Some(cr2) = exception.cr2 {
             b.cr2 = cr2;
+            load_cr2(cr2);
         }
     }
 
@@ -382,6 +389,7 @@ impl VendorVcpu for SvmVcpu {
     }
 
     fn load(&mut self) {
+        load_cr2(self.block().cr2);
         self.flush();
     }
 
