@@ -16,6 +16,14 @@ run *COMMAND:
 test *NAMES:
     cargo xtask test {{NAMES}}
 
+# The tests that hold on every bed, on one: just bed bochs, just bed bochs:ryzen same_job
+bed BED *NAMES:
+    cargo xtask test --bed {{BED}} {{NAMES}}
+
+# Every CPU model of the list, in Bochs; for the night
+matrix *MODELS:
+    cargo xtask matrix {{MODELS}}
+
 # Compare with a Linux L1 running KVM and QEMU
 bench *ARGS:
     cargo xtask bench {{ARGS}}

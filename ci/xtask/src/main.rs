@@ -7,6 +7,7 @@ mod build;
 mod cpio;
 mod demo;
 mod image;
+mod matrix;
 mod process;
 mod setup;
 mod test;
@@ -29,12 +30,14 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Install what building and testing need (Debian packages, the kernel's target); done by every other command too
+    /// Install what building and testing need (Debian packages, the kernel's target); every other command installs what it needs itself
     Setup,
     /// Build everything, start a node, run a job that inspects its machine, and show where the time went
     Demo(demo::Arguments),
     /// Check formatting and lints, run the host tests and the booting tests, build the documentation
     Test(test::Arguments),
+    /// Run the tests that hold everywhere on every CPU model of a list, in Bochs: takes long, for the night
+    Matrix(matrix::Arguments),
     /// Build a guest image: `cargo xtask image minimal`
     Image {
         /// The image's name
@@ -63,9 +66,10 @@ fn run(command: Command) -> Result<ExitCode> {
     std::env::set_current_dir(build::workspace_root())?;
     let toolchain = setup::ensure()?;
     match command {
-        Command::Setup => Ok(ExitCode::SUCCESS),
+        Command::Setup => setup::ensure_bochs().map(|()| ExitCode::SUCCESS),
         Command::Demo(arguments) => demo::run(&toolchain, &arguments),
         Command::Test(arguments) => test::run(&toolchain, &arguments),
+        Command::Matrix(arguments) => matrix::run(&toolchain, &arguments),
         Command::Lint => test::run(&toolchain, &test::Arguments::lints()),
         Command::Image { name } => {
             println!("{}", build::image(&name)?.display());

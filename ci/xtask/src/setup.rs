@@ -8,7 +8,7 @@ use crate::process::{find, output, run, shown, succeeds};
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The kernel's target.
@@ -41,17 +41,66 @@ struct Stamp {
 
 const STAMP_VERSION: u32 = 1;
 
-/// A program that must be there, and the Debian package that brings it.
+/// Something that must be there, and the Debian packages that bring it.
 struct Tool {
-    program: &'static str,
+    /// A program's name, or the path of a file.
+    what: &'static str,
     package: &'static str,
 }
 
+impl Tool {
+    const fn new(what: &'static str, package: &'static str) -> Self {
+        Self { what, package }
+    }
+
+    /// Where it stands.
+    fn path(&self) -> Option<PathBuf> {
+        if self.what.starts_with('/') {
+            Some(PathBuf::from(self.what)).filter(|file| file.exists())
+        } else {
+            find(self.what)
+        }
+    }
+}
+
+/// What everything needs.
 const TOOLS: [Tool; 3] = [
-    Tool { program: "qemu-system-x86_64", package: "qemu-system-x86" },
-    Tool { program: "dpkg-deb", package: "dpkg" },
-    Tool { program: "cc", package: "gcc libc6-dev" },
+    Tool::new("qemu-system-x86_64", "qemu-system-x86"),
+    Tool::new("dpkg-deb", "dpkg"),
+    Tool::new("cc", "gcc libc6-dev"),
 ];
+
+/// What the bed Bochs needs, and what makes the disk it boots from.
+const BOCHS: [Tool; 7] = [
+    Tool::new("bochs", "bochs"),
+    Tool::new("/usr/lib/x86_64-linux-gnu/bochs/plugins/libbx_term_gui.so", "bochs-term"),
+    Tool::new("/usr/share/bochs/BIOS-bochs-latest", "bochsbios"),
+    Tool::new("/usr/share/vgabios", "vgabios"),
+    Tool::new("/usr/lib/grub/i386-pc/multiboot2.mod", "grub-pc-bin"),
+    Tool::new("grub-mkimage", "grub-common"),
+    Tool::new("xorriso", "xorriso"),
+];
+
+/// Installs what is missing of the bed Bochs. Says nothing when nothing is missing.
+pub(crate) fn ensure_bochs() -> Result<()> {
+    install_missing(&BOCHS)
+}
+
+/// Installs what is missing of `tools` and shows where they are then.
+fn install_missing(tools: &[Tool]) -> Result<()> {
+    let missing: Vec<&Tool> = tools.iter().filter(|tool| tool.path().is_none()).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    install(&missing.iter().flat_map(|tool| tool.package.split(' ')).collect::<Vec<_>>())?;
+    for tool in missing {
+        let path = tool
+            .path()
+            .with_context(|| format!("{} is still missing after installing {}", tool.what, tool.package))?;
+        eprintln!("setup: {:<20} {}", tool.package, path.display());
+    }
+    Ok(())
+}
 
 /// Installs what is missing and says who compiles the kernel. Says nothing when nothing is missing.
 pub(crate) fn ensure() -> Result<Toolchain> {
@@ -59,25 +108,20 @@ pub(crate) fn ensure() -> Result<Toolchain> {
     let rustc = output(Command::new("rustc").arg("--version"))?.trim().to_owned();
     let file = workspace_root().join("target/setup.json");
     let stamp = fs::read(&file).ok().and_then(|text| serde_json::from_slice::<Stamp>(&text).ok());
-    let missing: Vec<&Tool> = TOOLS.iter().filter(|tool| find(tool.program).is_none()).collect();
     if let Some(stamp) = stamp
         && stamp.version == STAMP_VERSION
         && stamp.rustc == rustc
         && stamp.asked == asked
-        && missing.is_empty()
+        && TOOLS.iter().all(|tool| tool.path().is_some())
     {
         return Ok(stamp.toolchain);
     }
 
     eprintln!("setup: checking what building and testing need");
-    if !missing.is_empty() {
-        install(&missing.iter().flat_map(|tool| tool.package.split(' ')).collect::<Vec<_>>())?;
-    }
+    install_missing(&TOOLS)?;
     for tool in &TOOLS {
-        let path = find(tool.program).with_context(|| {
-            format!("{} is still missing after installing {}", tool.program, tool.package)
-        })?;
-        eprintln!("setup: {:<20} {}", tool.program, path.display());
+        let path = tool.path().unwrap_or_default();
+        eprintln!("setup: {:<20} {}", tool.what, path.display());
     }
     for component in ["clippy", "fmt"] {
         if !succeeds(Command::new("cargo").args([component, "--version"])) {

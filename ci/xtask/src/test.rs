@@ -2,7 +2,7 @@
 
 use crate::build::{image, kernel, kernel_cargo, workspace_root};
 use crate::process::{shown, span};
-use crate::setup::Toolchain;
+use crate::setup::{self, Toolchain};
 use anyhow::{Context, Result, bail};
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -12,8 +12,11 @@ use std::time::{Duration, Instant};
 /// Which checks to run.
 #[derive(clap::Args, Default)]
 pub(crate) struct Arguments {
-    /// Stages to run (format, lint, host, docs, boot), or parts of the names of tests to run; all of them by default
+    /// Stages to run (format, lint, host, docs, boot, bochs), or parts of the names of tests to run; all of them by default
     names: Vec<String>,
+    /// Run only the tests that hold on every bed, on this one: qemu-tcg, qemu-kvm, bochs or bochs:MODEL
+    #[arg(long, value_name = "BED")]
+    bed: Option<String>,
 }
 
 /// A group of checks with a headline of its own.
@@ -27,12 +30,17 @@ enum Stage {
     Host,
     /// The documentation builds without a warning.
     Docs,
-    /// Tests that boot the kernel in QEMU.
+    /// Tests that boot the kernel in QEMU, on AMD's SVM.
     Boot,
+    /// Tests that hold on every bed, on Intel's VMX in Bochs; and CPU models that must be refused.
+    Bochs,
+    /// Tests that hold on every bed, on the one that was named.
+    Bed,
 }
 
 impl Stage {
-    const ALL: [Self; 5] = [Self::Format, Self::Lint, Self::Host, Self::Docs, Self::Boot];
+    /// Those that users choose by name. A bed is an option.
+    const ALL: [Self; 6] = [Self::Format, Self::Lint, Self::Host, Self::Docs, Self::Boot, Self::Bochs];
 
     fn name(self) -> &'static str {
         match self {
@@ -41,6 +49,8 @@ impl Stage {
             Self::Host => "host",
             Self::Docs => "docs",
             Self::Boot => "boot",
+            Self::Bochs => "bochs",
+            Self::Bed => "bed",
         }
     }
 
@@ -50,7 +60,9 @@ impl Stage {
             Self::Lint => "lints, warnings denied",
             Self::Host => "host tests",
             Self::Docs => "documentation",
-            Self::Boot => "booting tests",
+            Self::Boot => "booting tests in QEMU",
+            Self::Bochs => "booting tests in Bochs",
+            Self::Bed => "booting tests on a bed",
         }
     }
 }
@@ -58,7 +70,7 @@ impl Stage {
 impl Arguments {
     /// Formatting and lints alone.
     pub(crate) fn lints() -> Self {
-        Self { names: vec!["format".into(), "lint".into()] }
+        Self { names: vec!["format".into(), "lint".into()], bed: None }
     }
 
     /// The stages to run, and the test names to run in them (all if empty).
@@ -74,6 +86,7 @@ impl Arguments {
             .filter(|name| Stage::ALL.iter().all(|stage| stage.name() != *name))
             .collect();
         let stages = match (named.is_empty(), filters.is_empty()) {
+            _ if self.bed.is_some() => vec![Stage::Bed],
             (false, _) => named,
             (true, true) => Stage::ALL.to_vec(),
             (true, false) => vec![Stage::Host, Stage::Boot],
@@ -84,13 +97,13 @@ impl Arguments {
 
 /// How many tests passed and failed.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
-struct Counts {
-    passed: u32,
-    failed: u32,
+pub(crate) struct Counts {
+    pub(crate) passed: u32,
+    pub(crate) failed: u32,
 }
 
 impl Counts {
-    fn add(&mut self, other: Self) {
+    pub(crate) fn add(&mut self, other: Self) {
         self.passed += other.passed;
         self.failed += other.failed;
     }
@@ -99,13 +112,23 @@ impl Counts {
 /// Runs the stages one after another, all of them even when one fails.
 pub(crate) fn run(toolchain: &Toolchain, arguments: &Arguments) -> Result<ExitCode> {
     let (stages, filters) = arguments.plan();
+    let bed = arguments.bed.as_deref().unwrap_or_default();
+    if arguments.bed.is_some()
+        && Stage::ALL.iter().any(|stage| arguments.names.iter().any(|name| name == stage.name()))
+    {
+        bail!("--bed names the only stage that is run; leave out the others' names");
+    }
+    // The host tests of the command start a Bochs too.
+    if bed.starts_with("bochs") || stages.contains(&Stage::Bochs) || stages.contains(&Stage::Host) {
+        setup::ensure_bochs()?;
+    }
     let began = Instant::now();
     let mut report: Vec<(&str, bool, Duration)> = Vec::new();
     let mut total = Counts::default();
 
     let (elf, preparation) = timed("kernel and guest image", || -> Result<PathBuf> {
         let elf = if stages == [Stage::Format] { PathBuf::new() } else { kernel(toolchain)? };
-        if stages.contains(&Stage::Boot) {
+        if stages.iter().any(|stage| matches!(stage, Stage::Boot | Stage::Bochs | Stage::Bed)) {
             image("minimal")?;
         }
         Ok(elf)
@@ -115,7 +138,7 @@ pub(crate) fn run(toolchain: &Toolchain, arguments: &Arguments) -> Result<ExitCo
         Ok(elf) => {
             for stage in stages {
                 let (counts, time) =
-                    timed(stage.says(), || stage_commands(*toolchain, stage, &filters, &elf));
+                    timed(stage.says(), || stage_commands(*toolchain, stage, bed, &filters, &elf));
                 let counts = counts.unwrap_or_else(|error| {
                     eprintln!("error: {error:#}");
                     Counts { passed: 0, failed: 1 }
@@ -149,7 +172,13 @@ fn timed<T>(headline: &str, work: impl FnOnce() -> T) -> (T, Duration) {
 }
 
 /// Runs one stage's commands and counts what their tests say; a command that fails without a failed test counts as one.
-fn stage_commands(toolchain: Toolchain, stage: Stage, filters: &[&str], elf: &Path) -> Result<Counts> {
+fn stage_commands(
+    toolchain: Toolchain,
+    stage: Stage,
+    bed: &str,
+    filters: &[&str],
+    elf: &Path,
+) -> Result<Counts> {
     let cargo = |arguments: &[&str]| {
         let mut command = Command::new("cargo");
         command.args(arguments).env("NESTLING_KERNEL", elf).current_dir(workspace_root());
@@ -178,8 +207,20 @@ fn stage_commands(toolchain: Toolchain, stage: Stage, filters: &[&str], elf: &Pa
             vec![own, kernel].into_iter().map(deny_doc_warnings).collect()
         }
         Stage::Boot => {
-            let mut test = cargo(&["test", "--no-fail-fast", "-p", "nestling-tests", "--"]);
+            // Models of Bochs that are refused are tested in the stage of that name.
+            let mut test =
+                cargo(&["test", "--no-fail-fast", "-p", "nestling-tests", "--", "--skip", "bochs::"]);
             test.args(filters);
+            vec![test]
+        }
+        Stage::Bochs => {
+            let mut test = on_bed("bochs", elf);
+            test.args(["--test", "refusals", "--"]).args(filters);
+            vec![test]
+        }
+        Stage::Bed => {
+            let mut test = on_bed(bed, elf);
+            test.arg("--").args(filters);
             vec![test]
         }
     };
@@ -190,6 +231,26 @@ fn stage_commands(toolchain: Toolchain, stage: Stage, filters: &[&str], elf: &Pa
     Ok(counts)
 }
 
+/// A cargo command for the tests that hold on every bed, on this one. More of cargo's arguments may follow.
+pub(crate) fn on_bed(bed: &str, elf: &Path) -> Command {
+    let mut command = Command::new("cargo");
+    command
+        .args([
+            "test",
+            "--no-fail-fast",
+            "-p",
+            "nestling-tests",
+            "--test",
+            "vendors",
+            "--test",
+            "conformance",
+        ])
+        .env("NESTLING_KERNEL", elf)
+        .env("NESTLING_BED", bed)
+        .current_dir(workspace_root());
+    command
+}
+
 fn deny_doc_warnings(mut command: Command) -> Command {
     command.env("RUSTDOCFLAGS", "-D warnings");
     command
@@ -197,6 +258,11 @@ fn deny_doc_warnings(mut command: Command) -> Command {
 
 /// Runs `command`, passes its output on and counts the tests in it.
 fn watch(command: &mut Command) -> Result<Counts> {
+    watch_lines(command, |_| {})
+}
+
+/// As [`watch`], and hands every line to `see`.
+pub(crate) fn watch_lines(command: &mut Command, mut see: impl FnMut(&str)) -> Result<Counts> {
     println!("$ {}", shown(command));
     let mut child = command
         .stdin(Stdio::null())
@@ -210,6 +276,7 @@ fn watch(command: &mut Command) -> Result<Counts> {
         let line = String::from_utf8_lossy(&line);
         println!("{line}");
         counts.add(result_line(&line));
+        see(&line);
     }
     let status = child.wait()?;
     if !status.success() && counts.failed == 0 {
@@ -249,7 +316,7 @@ mod tests {
     #[test]
     fn a_stage_is_chosen_by_name_and_anything_else_filters_tests() {
         let plan = |names: &[&str]| {
-            let arguments = Arguments { names: names.iter().map(ToString::to_string).collect() };
+            let arguments = Arguments { names: names.iter().map(ToString::to_string).collect(), bed: None };
             let (stages, filters) = arguments.plan();
             (stages, filters.into_iter().map(str::to_owned).collect::<Vec<_>>())
         };
@@ -257,5 +324,11 @@ mod tests {
         assert_eq!(plan(&["docs"]), (vec![Stage::Docs], vec![]));
         assert_eq!(plan(&["boot", "exit_code"]), (vec![Stage::Boot], vec!["exit_code".to_owned()]));
         assert_eq!(plan(&["exit_code"]), (vec![Stage::Host, Stage::Boot], vec!["exit_code".to_owned()]));
+    }
+
+    #[test]
+    fn a_bed_is_a_stage_of_its_own() {
+        let arguments = Arguments { names: vec!["same_job".to_owned()], bed: Some("bochs:ryzen".to_owned()) };
+        assert_eq!(arguments.plan(), (vec![Stage::Bed], vec!["same_job"]));
     }
 }
