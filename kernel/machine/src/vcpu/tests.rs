@@ -257,6 +257,23 @@ fn a_host_without_xsave_has_no_vector_extensions() {
 }
 
 #[test]
+fn state_without_a_place_in_the_save_area_is_not_offered() {
+    for (missing, supported, pkru, avx512) in [(9, 0xE7, false, true), (6, 0x207, true, false)] {
+        let whole = intel();
+        let host = HostCpuid::read(|leaf, subleaf| match (leaf, subleaf) {
+            (0, _) => [0xD, 0x756E_6547, 0x6C65_746E, 0x4965_6E69],
+            (0xD, subleaf) if subleaf == missing => [0; 4],
+            _ => whole.leaf(leaf, subleaf),
+        });
+        let guest = vcpu(&host, 0, 1);
+        assert_eq!(guest.cpuid(0xD, 0, &KERNEL)[0], supported, "component {missing}");
+        assert_eq!(guest.cpuid(0xD, missing, &KERNEL), [0; 4]);
+        let [_, b, c, _] = guest.cpuid(7, 0, &KERNEL);
+        assert_eq!((has(c, 3), has(b, 16)), (pkru, avx512), "component {missing}");
+    }
+}
+
+#[test]
 fn what_linux_reads_without_care_can_be_read() {
     let mut guest = vcpu(&amd(), 0, 1);
     for (msr, value) in [

@@ -49,6 +49,10 @@ impl ExtendedState {
         let [low, _, _, high] = host.leaf(0xD, 0);
         let mut supported =
             if host.has_xsave() { (u64::from(high) << 32 | u64::from(low)) & ALLOWED } else { 0 };
+        // A component that says no size has no place in the XSAVE area: what uses it cannot be kept (Bochs' PKRU).
+        for index in (2..COMPONENTS).filter(|index| host.leaf(0xD, *index as u32)[0] == 0) {
+            supported &= !(1 << index);
+        }
         if supported & AVX512 != AVX512 || supported & AVX == 0 {
             supported &= !AVX512;
         }
