@@ -4,6 +4,7 @@ use crate::build::{image, kernel, kernel_cargo, workspace_root};
 use crate::process::{shown, span};
 use crate::setup::{self, Toolchain};
 use anyhow::{Context, Result, bail};
+use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
@@ -18,6 +19,9 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "BED")]
     bed: Option<String>,
 }
+
+/// Test binaries that start nodes in Bochs whatever the bed is.
+const BOCHS_ONLY: &[&str] = &["refusals", "parity"];
 
 /// A group of checks with a headline of its own.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -207,15 +211,19 @@ fn stage_commands(
             vec![own, kernel].into_iter().map(deny_doc_warnings).collect()
         }
         Stage::Boot => {
-            // Models of Bochs that are refused are tested in the stage of that name.
-            let mut test =
-                cargo(&["test", "--no-fail-fast", "-p", "nestling-tests", "--", "--skip", "bochs::"]);
-            test.args(filters);
+            let mut test = cargo(&["test", "--no-fail-fast", "-p", "nestling-tests", "--lib"]);
+            for binary in test_binaries()?.iter().filter(|binary| !BOCHS_ONLY.contains(&binary.as_str())) {
+                test.args(["--test", binary]);
+            }
+            test.arg("--").args(filters);
             vec![test]
         }
         Stage::Bochs => {
             let mut test = on_bed("bochs", elf);
-            test.args(["--test", "refusals", "--"]).args(filters);
+            for binary in BOCHS_ONLY {
+                test.args(["--test", binary]);
+            }
+            test.arg("--").args(filters);
             vec![test]
         }
         Stage::Bed => {
@@ -229,6 +237,19 @@ fn stage_commands(
         counts.add(watch(&mut command)?);
     }
     Ok(counts)
+}
+
+/// The test binaries of ci/tests, by name.
+fn test_binaries() -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(workspace_root().join("ci/tests/tests"))? {
+        let path = entry?.path();
+        let is_test =
+            path.join("main.rs").is_file() || path.extension().is_some_and(|extension| extension == "rs");
+        names.extend(path.file_stem().filter(|_| is_test).map(|name| name.to_string_lossy().into_owned()));
+    }
+    names.sort();
+    Ok(names)
 }
 
 /// A cargo command for the tests that hold on every bed, on this one. More of cargo's arguments may follow.
@@ -324,6 +345,14 @@ mod tests {
         assert_eq!(plan(&["docs"]), (vec![Stage::Docs], vec![]));
         assert_eq!(plan(&["boot", "exit_code"]), (vec![Stage::Boot], vec!["exit_code".to_owned()]));
         assert_eq!(plan(&["exit_code"]), (vec![Stage::Host, Stage::Boot], vec!["exit_code".to_owned()]));
+    }
+
+    #[test]
+    fn every_test_binary_belongs_to_a_stage() {
+        let binaries = test_binaries().unwrap();
+        for name in BOCHS_ONLY.iter().chain(&["boots", "vendors", "conformance"]) {
+            assert!(binaries.iter().any(|binary| binary == name), "{name} is not among {binaries:?}");
+        }
     }
 
     #[test]

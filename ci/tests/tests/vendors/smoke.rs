@@ -1,31 +1,18 @@
-//! The least a node does on hardware it can use: it starts, says what it found, and runs guests that are no Linux.
+//! The least a node does on hardware it can use: it says what it found, and runs guests that are no Linux.
 
+use crate::job::ALONE;
+use crate::node;
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
-use nestling::bed::{BedBuilder, BedKind, RunningBed};
+use nestling::bed::BedKind;
 use nestling::client::types::{Conclusion, Vendor};
-use nestling_tests::guest::{bundle, program};
+use nestling_tests::guest::program;
 use nestling_tests::job::{job, run};
-use nestling_tests::node::{Shared, any_bed, bed_kind};
-use std::path::PathBuf;
+use nestling_tests::node::bed_kind;
 
-static NODE: Shared = Shared::new(bare_node);
-
-fn bare_node() -> BedBuilder {
-    let minimal = nestling::image::find(None).unwrap_or_else(|error| panic!("{error}"));
-    let guests = [("speaks", program(speaks)), ("triple-fault", program(triple_fault))];
-    any_bed().image(bundle(&bundle_path(), &minimal, &guests))
-}
-
-/// Where the images are until the node has read them.
-fn bundle_path() -> PathBuf {
-    std::env::temp_dir().join(format!("nestling-smoke-{}.tar", std::process::id()))
-}
-
-fn node() -> &'static RunningBed {
-    let node = NODE.get();
-    let _ = std::fs::remove_file(bundle_path());
-    node
+/// The guests by their images' names.
+pub(crate) fn guests() -> Vec<(&'static str, Vec<u8>)> {
+    vec![("speaks", program(speaks)), ("triple-fault", program(triple_fault))]
 }
 
 /// Writes a word to the serial port, leaf 0x4000_0000 of CPUID with it, and ends.
@@ -76,6 +63,7 @@ fn a_node_says_which_vendors_hardware_it_runs_on() {
 
 #[test]
 fn a_bare_guest_runs_and_its_end_is_told() {
+    let _alone = ALONE.lock();
     let node = node();
     for (image, words) in [("speaks", "hypervisor is KVMKVMKVM"), ("triple-fault", "")] {
         let mut request = job("true");
