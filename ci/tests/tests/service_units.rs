@@ -58,7 +58,7 @@ mod cpu {
                 None
             }
 
-            pub fn unmask(&self) {}
+            pub fn rearm(&self) {}
 
             pub fn take_pending(&self) -> bool {
                 false

@@ -57,7 +57,7 @@ pub fn arrived(vector: u8) {
         return;
     }
     let legacy = pic::is_vector(vector);
-    if legacy && !pic::acknowledge(vector) {
+    if legacy && pic::is_spurious(vector) {
         return;
     }
     PENDING[usize::from(vector)].store(true, Ordering::Relaxed);

@@ -5,8 +5,9 @@
 //!
 //! Which I/O APIC pin a PCI function's interrupt reaches is told only by AML, which nobody here runs. The line of
 //! the 8259s it reaches is in the function's configuration space, written by the firmware. So the controllers run in
-//! virtual-wire mode: their output goes to the boot core's LINT0. PCI's lines are level-triggered and can be shared:
-//! a line that has interrupted stays masked until its driver has silenced the device.
+//! virtual-wire mode: their output goes to the boot core's LINT0. PCI's lines are level-triggered and can be shared. A
+//! line that has interrupted stays in service, which keeps it quiet, until its driver has silenced the device: that
+//! takes no access to the controllers but the end of interrupt.
 
 use super::{apic, interrupts};
 use core::sync::atomic::{AtomicBool, AtomicU16, Ordering};
@@ -58,21 +59,14 @@ fn write(port: u16, value: u8) {
 
 /// Masks every line.
 pub fn silence() {
-    MASKED.store(u16::MAX, Ordering::Relaxed);
-    write(FIRST.data, u8::MAX);
-    write(SECOND.data, u8::MAX);
+    write_masks(u16::MAX);
 }
 
-/// Writes the mask registers that change: each write is an exit to L0.
 fn write_masks(masked: u16) {
+    MASKED.store(masked, Ordering::Relaxed);
     let [first, second] = masked.to_le_bytes();
-    let [first_before, second_before] = MASKED.swap(masked, Ordering::Relaxed).to_le_bytes();
-    if first != first_before {
-        write(FIRST.data, first);
-    }
-    if second != second_before {
-        write(SECOND.data, second);
-    }
+    write(FIRST.data, first);
+    write(SECOND.data, second);
 }
 
 fn initialize() {
@@ -88,14 +82,27 @@ fn initialize() {
     apic::accept_legacy_interrupts();
 }
 
-/// A PCI interrupt line of the 8259s. It starts masked; dropping it masks it again.
+/// The controller of a line, and the line's number there.
+fn place(line: u8) -> (Controller, u8) {
+    if line < 8 { (FIRST, line) } else { (SECOND, line - 8) }
+}
+
+fn end_of_interrupt(line: u8) {
+    let (controller, input) = place(line);
+    write(controller.command, END_OF_INTERRUPT | input);
+    if line >= 8 {
+        write(FIRST.command, END_OF_INTERRUPT | CASCADE);
+    }
+}
+
+/// A PCI interrupt line of the 8259s; dropping it masks it.
 #[derive(Debug)]
 pub struct LegacyLine {
     line: u8,
 }
 
 impl LegacyLine {
-    /// Sets line `line` up, level-triggered; `None` if no PCI function can be on it.
+    /// Sets line `line` up, level-triggered, and unmasks it; `None` if no PCI function can be on it.
     pub fn new(line: u8) -> Option<Self> {
         if line >= LINES || PCI_LINES & 1 << line == 0 {
             return None;
@@ -105,24 +112,27 @@ impl LegacyLine {
         }
         let register = EDGE_LEVEL + u16::from(line / 8);
         write(register, read(register) | 1 << (line % 8));
+        let cascade = if line >= 8 { 1 << CASCADE } else { 0 };
+        write_masks(MASKED.load(Ordering::Relaxed) & !(1 << line | cascade));
         Some(Self { line })
     }
 
-    /// Lets the line interrupt, once, after its device has been silenced.
-    pub fn unmask(&self) {
-        let cascade = if self.line >= 8 { 1 << CASCADE } else { 0 };
-        write_masks(MASKED.load(Ordering::Relaxed) & !(1 << self.line | cascade));
-    }
-
-    /// Whether the line has interrupted since the last call; it is masked then.
+    /// Whether the line has interrupted since the last call. It does not do so again before [`LegacyLine::rearm`].
     pub fn take_pending(&self) -> bool {
         interrupts::take_vector(FIRST_VECTOR + self.line)
+    }
+
+    /// Lets the line interrupt again, once its device has been silenced.
+    pub fn rearm(&self) {
+        end_of_interrupt(self.line);
     }
 }
 
 impl Drop for LegacyLine {
     fn drop(&mut self) {
         write_masks(MASKED.load(Ordering::Relaxed) | 1 << self.line);
+        // It may be in service, which holds up lines of lower priority.
+        end_of_interrupt(self.line);
     }
 }
 
@@ -137,23 +147,19 @@ pub fn is_vector(vector: u8) -> bool {
     (FIRST_VECTOR..FIRST_VECTOR + LINES).contains(&vector)
 }
 
-/// Masks the line that interrupted and ends the interrupt. False if the interrupt was spurious: the line was low again
-/// when the processor asked for the vector.
-pub fn acknowledge(vector: u8) -> bool {
+/// Whether the interrupt is spurious: its line was low again when the processor asked for the vector, and the
+/// controller, having to say something, gave its last line, which is not in service.
+pub fn is_spurious(vector: u8) -> bool {
     let line = vector.wrapping_sub(FIRST_VECTOR) % LINES;
-    let (controller, bit) = if line < 8 { (FIRST, line) } else { (SECOND, line - 8) };
-    // A controller that has nothing to tell gives its last line, which is not in service then.
-    let spurious = bit == 7 && {
-        write(controller.command, READ_IN_SERVICE);
-        read(controller.command) & 1 << bit == 0
-    };
-    if !spurious {
-        write_masks(MASKED.load(Ordering::Relaxed) | 1 << line);
-        write(controller.command, END_OF_INTERRUPT | bit);
+    let (controller, input) = place(line);
+    if input != 7 {
+        return false;
     }
-    // The first controller knows nothing of the second's mistake.
-    if line >= 8 {
+    write(controller.command, READ_IN_SERVICE);
+    let spurious = read(controller.command) & 1 << input == 0;
+    if spurious && line >= 8 {
+        // The first controller knows nothing of the second's mistake.
         write(FIRST.command, END_OF_INTERRUPT | CASCADE);
     }
-    !spurious
+    spurious
 }

@@ -1,9 +1,8 @@
 //! Nodes whose network card is an e1000, as in VMware, VirtualBox and Proxmox. Those in Bochs have no other.
 
-use nestling::bed::{Bed, RunningBed};
+use nestling::bed::{Bed, Network, RunningBed};
 use nestling::client::Client;
 use nestling::client::types::Conclusion;
-use nestling::qemu::Network;
 use nestling_tests::job::job;
 use nestling_tests::node::{ready, start};
 use serde_json::json;

@@ -16,7 +16,7 @@ use super::ring::{LENGTH, RING_BYTES, ReceiveRing, TransmitRing};
 const PATIENCE: u32 = 20_000;
 /// After a reset no register may be touched for a microsecond.
 const RESET_SPINS: u32 = 2000;
-/// Received descriptors given back before the device is told while it still has others.
+/// Received descriptors given back before the device is told; it has all the others meanwhile.
 const ANNOUNCE_EVERY: usize = 32;
 
 /// Why a device cannot be used.
@@ -133,8 +133,7 @@ impl<R: Registers> Adapter<R> {
         // A device that never runs out of bad frames must not keep the caller.
         for _ in 0..LENGTH {
             let taken = self.receive.take(into);
-            let most = if taken.is_some() { ANNOUNCE_EVERY } else { 1 };
-            if let Some(tail) = self.receive.announce(most) {
+            if let Some(tail) = self.receive.announce(ANNOUNCE_EVERY) {
                 self.registers.write(Register::ReceiveTail, tail);
             }
             match taken {

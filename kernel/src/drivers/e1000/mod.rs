@@ -110,11 +110,10 @@ impl E1000 {
     fn by_line(&mut self, space: ConfigSpace, function: &Function) -> Option<Interrupt> {
         let line = LegacyLine::new(space.interrupt_line(function.address)?)?;
         space.enable_line(function.address);
-        line.unmask();
         let interrupt = Interrupt::Line { line, unclaimed: 0 };
         if self.arrives(&interrupt) {
             if let Interrupt::Line { line, .. } = &interrupt {
-                line.unmask();
+                line.rearm();
             }
             return Some(interrupt);
         }
@@ -178,7 +177,7 @@ impl Nic for E1000 {
                 );
                 self.interrupt = None;
             } else {
-                line.unmask();
+                line.rearm();
             }
         }
         claimed

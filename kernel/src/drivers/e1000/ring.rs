@@ -99,9 +99,9 @@ impl ReceiveRing {
         ((self.next + LENGTH - 1) % LENGTH) as u32
     }
 
-    /// The tail, if the device has to be told: `most` descriptors or more were given back since it last was.
-    pub fn announce(&mut self, most: usize) -> Option<u32> {
-        if self.unannounced == 0 || self.unannounced < most {
+    /// The tail, if `enough` descriptors were given back since the device was last told.
+    pub fn announce(&mut self, enough: usize) -> Option<u32> {
+        if self.unannounced < enough {
             return None;
         }
         self.unannounced = 0;

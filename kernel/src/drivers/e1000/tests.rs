@@ -12,6 +12,8 @@ use super::ring::LENGTH;
 use crate::drivers::nic::MAX_FRAME_BYTES;
 
 const MAC: [u8; 6] = [0x52, 0x54, 0, 1, 2, 3];
+/// Frames that a device always has descriptors for, once all that came were taken.
+const BURST: usize = 200;
 const DONE: u64 = 1 << 32;
 const END: u64 = 1 << 33;
 
@@ -145,7 +147,7 @@ fn frames_keep_their_order_and_bytes_round_the_rings() {
     let mut into = vec![0; MAX_FRAME_BYTES];
     let (mut sent, mut received) = (0, 0);
     for round in 0..40 {
-        let batch = 1 + round * 37 % (LENGTH - 1);
+        let batch = 1 + round * 37 % BURST;
         (sent..sent + batch).for_each(|number| assert!(adapter.transmit(&frame(number)), "frame {number}"));
         sent += batch;
         while let Some(frame) = device.send() {
@@ -193,8 +195,8 @@ fn a_burst_fills_every_descriptor_and_costs_few_tail_writes() {
     let received = core::iter::from_fn(|| adapter.receive(&mut into)).count();
     assert_eq!(received, delivered);
     let written = device.tails_written.get() - before;
-    assert!(written <= LENGTH / 32 + 1, "{written} tail writes for {received} frames");
-    assert_eq!((0..).take_while(|number| device.deliver(&frame(*number))).count(), LENGTH - 1);
+    assert!(written <= LENGTH / 32, "{written} tail writes for {received} frames");
+    assert!((0..BURST).all(|number| device.deliver(&frame(number))));
 }
 
 #[test]
