@@ -68,7 +68,7 @@ fn suffice(capabilities: &Capabilities) -> Result<(), Refusal> {
         ),
         (
             !allows(capabilities.secondary, secondary::EPT),
-            "VMX has no extended page tables, EPT (IA32_VMX_PROCBASED_CTLS2, MSR 0x48b: bit 33 is clear)",
+            "VMX has no EPT, extended page tables (IA32_VMX_PROCBASED_CTLS2, MSR 0x48b: bit 33 is clear)",
         ),
         (
             !allows(capabilities.secondary, secondary::UNRESTRICTED_GUEST),
