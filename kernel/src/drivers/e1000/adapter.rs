@@ -15,7 +15,7 @@ use super::ring::{LENGTH, RING_BYTES, ReceiveRing, TransmitRing};
 /// Readings of a register that should change at once: a few milliseconds, and some hundred if every one exits to L0.
 const PATIENCE: u32 = 20_000;
 /// After a reset no register may be touched for a microsecond.
-const RESET_SPINS: u32 = 2000;
+const RESET_SPINS: u32 = 200;
 /// Received descriptors given back before the device is told; it has all the others meanwhile.
 const ANNOUNCE_EVERY: usize = 32;
 
