@@ -60,6 +60,8 @@ pub trait VendorVcpu: CpuState {
     /// The offered interrupt, if the guest took it during the last run.
     fn take_accepted(&mut self) -> Option<Vector>;
 
+    /// Drops every cached nested translation of this machine before the next entry.
+    fn flush(&mut self);
     /// Loads what this vendor's control block does not hold and the other's does; the core's previous vCPU has been unloaded.
     fn load(&mut self);
     /// Takes it off the core again.

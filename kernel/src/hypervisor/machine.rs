@@ -1,6 +1,7 @@
 //! One machine: its vCPU, RAM, nested page table and devices, from creation to the return of every frame.
 
 use super::backend::{Backend, TscOffset, VendorVcpu};
+use super::config_space::ConfigSpace;
 use super::exit::{Exit, ExitCounts};
 use super::nested::NestedTable;
 use super::ram::{Ram, RamView};
@@ -79,6 +80,7 @@ pub struct Machine<B: Backend> {
     pub(super) platform: Platform,
     pub(super) ram: Ram,
     pub(super) nested: NestedTable<B::Entry>,
+    pub(super) config_space: ConfigSpace,
     pub(super) xsave: XsaveArea,
     pub(super) breakpoints: BreakpointAddresses,
     pub(super) offset: TscOffset,
@@ -128,6 +130,7 @@ impl<B: Backend> Machine<B> {
             platform: Platform::new(PlatformConfig { guest_cid: GUEST_CID }),
             ram,
             nested,
+            config_space: ConfigSpace::new(),
             xsave: XsaveArea::new(components),
             breakpoints: BreakpointAddresses::default(),
             offset,
@@ -138,7 +141,7 @@ impl<B: Backend> Machine<B> {
             exits: ExitCounts::default(),
             last_exit: None,
         };
-        if machine.map_backed(pool) {
+        if machine.map_backed(pool) && machine.map_config_space(pool) {
             Ok(machine)
         } else {
             machine.free(pool);
@@ -151,10 +154,15 @@ impl<B: Backend> Machine<B> {
         self.ram.backed().all(|(at, frame)| self.nested.map(at, frame, pool))
     }
 
+    fn map_config_space(&mut self, pool: &mut FramePool) -> bool {
+        self.config_space.map::<B>(&self.platform, &mut self.nested, pool)
+    }
+
     /// Gives every frame back. The machine must not be loaded on a core.
     pub fn free(self, pool: &mut FramePool) {
         drop(self.hardware);
         self.nested.free(pool);
+        self.config_space.free(pool);
         self.ram.free(pool);
     }
 

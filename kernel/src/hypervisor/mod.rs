@@ -1,6 +1,7 @@
 //! Running machines: the fleet of a node, the vCPU loop, exits, nested paging, and the vendors behind one trait.
 
 mod backend;
+mod config_space;
 mod exit;
 mod fleet;
 mod machine;

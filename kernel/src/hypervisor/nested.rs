@@ -1,4 +1,4 @@
-//! A machine's nested page table: guest physical to host physical addresses, four levels, 2 MiB leaves.
+//! A machine's nested page table: guest physical to host physical addresses, four levels; RAM in 2 MiB leaves.
 //!
 //! The walk is shared; only the bits of an entry are the vendor's (AMD APM vol. 2, 15.25; Intel SDM vol. 3, 29.3).
 
@@ -14,6 +14,8 @@ pub trait NestedEntry {
     fn table(physical: u64) -> u64;
     /// A 2 MiB leaf of write-back RAM with every permission.
     fn large_leaf(physical: u64) -> u64;
+    /// A 4 KiB leaf of write-back RAM that may be read.
+    fn read_only_leaf(physical: u64) -> u64;
     /// Whether the entry is in use.
     fn is_present(entry: u64) -> bool;
     /// The physical address in the entry.
@@ -41,15 +43,40 @@ impl<E: NestedEntry> NestedTable<E> {
 
     /// Maps the 2 MiB page around `guest` to `frame`. False when the pool had no frame for a table.
     pub fn map(&mut self, guest: GuestPhysAddr, frame: &LargeFrame, frames: &mut FramePool) -> bool {
+        let Some(slot) = self.slot(guest, 1, frames) else { return false };
+        // SAFETY: the slot is the guest's own table's. The frame outlives the entry: the machine owns both.
+        unsafe { ptr::write_volatile(slot, E::large_leaf(frame.address() & !(LARGE_FRAME - 1))) };
+        true
+    }
+
+    /// Maps the 4 KiB page around `guest`, where no large page is, to the page at physical address `page`, which the guest may read and not
+    /// write. The page must outlive the table. False when the pool had no frame for a table.
+    pub fn map_read_only(&mut self, guest: GuestPhysAddr, page: u64, frames: &mut FramePool) -> bool {
+        let Some(slot) = self.slot(guest, 0, frames) else { return false };
+        // SAFETY: the slot is the guest's own table's; the caller keeps the page.
+        unsafe { ptr::write_volatile(slot, E::read_only_leaf(page & !(SMALL_FRAME - 1))) };
+        true
+    }
+
+    /// Takes away the 4 KiB page that [`Self::map_read_only`] mapped around `guest`. Cached translations have to be dropped.
+    pub fn unmap(&mut self, guest: GuestPhysAddr, frames: &mut FramePool) {
+        if let Some(slot) = self.slot(guest, 0, frames) {
+            // SAFETY: the slot is the guest's own table's.
+            unsafe { ptr::write_volatile(slot, 0) };
+        }
+    }
+
+    /// Where the entry for `guest` stands in the table of `level`, with tables down to there; `None` when the pool had no frame for one.
+    fn slot(&mut self, guest: GuestPhysAddr, level: u32, frames: &mut FramePool) -> Option<*mut u64> {
         let mut table = self.root;
-        for level in [3, 2] {
+        for level in (level + 1..=3).rev() {
             let slot = slot(table, guest, level);
             // SAFETY: `slot` lies in one of this machine's own tables, which are identity-mapped frames.
             let entry = unsafe { ptr::read(slot) };
             table = if E::is_present(entry) {
                 E::address(entry)
             } else {
-                let Some(next) = frames.small() else { return false };
+                let next = frames.small()?;
                 let address = next.address();
                 self.tables.push(next);
                 // SAFETY: as above; a frame from the pool is zero, so it is an empty table.
@@ -57,11 +84,7 @@ impl<E: NestedEntry> NestedTable<E> {
                 address
             };
         }
-        // SAFETY: as above. The frame outlives the entry: the machine owns both.
-        unsafe {
-            ptr::write_volatile(slot(table, guest, 1), E::large_leaf(frame.address() & !(LARGE_FRAME - 1)))
-        };
-        true
+        Some(slot(table, guest, level))
     }
 
     /// Gives every table back. The vCPUs that used it are gone.

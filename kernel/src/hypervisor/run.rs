@@ -1,6 +1,7 @@
 //! The vCPU loop: deliver what is due, enter the guest, handle its exit.
 
 use super::backend::{Backend, TscOffset, VendorVcpu};
+use super::config_space;
 use super::exit::{self, Exit};
 use super::machine::{End, Machine};
 use super::ram::RamView;
@@ -425,8 +426,13 @@ impl<B: Backend> Machine<B> {
             platform: &mut self.platform,
             lapic: &mut self.vcpu.lapic,
             now,
+            wrote_config_space: false,
         };
-        match emulate::emulate(&mut self.hardware, &mut bus) {
+        let emulation = emulate::emulate(&mut self.hardware, &mut bus);
+        if bus.wrote_config_space {
+            self.config_space.update::<B>(&self.platform, &mut self.nested, &mut self.hardware, node.pool);
+        }
+        match emulation {
             Emulation::Done => self.hardware.clear_interrupt_shadow(),
             Emulation::Partial => {}
             Emulation::Fault(exception) => self.hardware.inject(exception),
@@ -442,6 +448,7 @@ struct MachineBus<'a> {
     platform: &'a mut Platform,
     lapic: &'a mut Lapic,
     now: GuestTsc,
+    wrote_config_space: bool,
 }
 
 /// Offset in the local APIC's page, if the address lies there.
@@ -464,7 +471,10 @@ impl Bus for MachineBus<'_> {
     fn mmio_write(&mut self, at: GuestPhysAddr, width: u8, value: u64) {
         match lapic_offset(at) {
             Some(offset) => self.lapic.mmio_write(offset, value as u32, self.now),
-            None => self.platform.mmio_write(at, width, value),
+            None => {
+                self.platform.mmio_write(at, width, value);
+                self.wrote_config_space |= config_space::contains(at);
+            }
         }
     }
 

@@ -36,6 +36,10 @@ use virtio::rng::Rng;
 use virtio::transport::{IO_BAR_BYTES, MSIX_BAR_BYTES, VirtioPci};
 use virtio::vsock::Vsock;
 
+/// Where functions stand in ECAM, in pages: bits 3-7 are the device, 0-2 the function. There is no host bridge at device 0: the root bus
+/// is found by ACPI, and Linux would spend 70 exits on it.
+const VSOCK_FUNCTION: u64 = 0x08;
+const RNG_FUNCTION: u64 = 0x10;
 const UART_LAST_PORT: u16 = layout::UART_PORT + 7;
 const IOAPIC_BYTES: u64 = 4096;
 
@@ -158,13 +162,22 @@ impl Platform {
     fn function_at(&mut self, offset: u64) -> Option<(&mut dyn Function, usize)> {
         let register = (offset & 0xFFF) as usize;
         let function: &mut dyn Function = match offset >> 12 {
-            // Bits 3-7 are the device, 0-2 the function. There is no host bridge at device 0: the root bus is found by ACPI, and
-            // Linux would spend 70 exits on it.
-            0x08 => &mut self.vsock,
-            0x10 => &mut self.rng,
+            VSOCK_FUNCTION => &mut self.vsock,
+            RNG_FUNCTION => &mut self.rng,
             _ => return None,
         };
         Some((function, register))
+    }
+
+    /// What the guest reads in the 4 KiB of ECAM at `offset`, a multiple of 4 KiB: the bytes of a function's configuration space, after which
+    /// zeros follow. So that these reads need no exit; writes do. `Nothing` where no function is: all ones.
+    pub fn config_page(&self, offset: u64) -> ConfigPage<'_> {
+        let bytes = match offset >> 12 {
+            VSOCK_FUNCTION => self.vsock.config_bytes(),
+            RNG_FUNCTION => self.rng.config_bytes(),
+            _ => return ConfigPage::Nothing,
+        };
+        bytes.map_or(ConfigPage::HasEffects, ConfigPage::Bytes)
     }
 
     fn notice_faults(&mut self) {
@@ -290,6 +303,17 @@ impl Platform {
     pub const fn console(&self) -> &ConsoleTail {
         self.serial.console()
     }
+}
+
+/// See [`Platform::config_page`].
+#[derive(Clone, Copy, Debug)]
+pub enum ConfigPage<'a> {
+    /// A function's configuration space.
+    Bytes(&'a [u8; pci::CONFIG_BYTES]),
+    /// No function: reads find all ones.
+    Nothing,
+    /// Reads have to be emulated.
+    HasEffects,
 }
 
 /// Where `at` is in the region of `length` bytes at `base`, if it is in it.

@@ -29,6 +29,9 @@ pub(super) trait Function {
     /// Writes `width` (1, 2 or 4) bytes of configuration space.
     fn config_write(&mut self, register: usize, width: u8, value: u32, out: &mut Outbox);
 
+    /// Configuration space as reads find it; `None` while a read of some register does more than that.
+    fn config_bytes(&self) -> Option<&[u8; CONFIG_BYTES]>;
+
     /// The BAR that decodes `address`, and the offset in it.
     fn decode(&self, space: Space, address: u32) -> Option<(usize, u32)>;
 
@@ -146,6 +149,11 @@ impl ConfigSpace {
             let byte = self.bytes.get(register + index).copied().unwrap_or(0);
             value | u32::from(byte) << (8 * index)
         })
+    }
+
+    /// All of it.
+    pub(super) const fn bytes(&self) -> &[u8; CONFIG_BYTES] {
+        &self.bytes
     }
 
     /// Writes those of `width` (1-4) bytes' bits that are writable.

@@ -58,6 +58,48 @@ fn ecam_is_read_by_bytes_words_dwords_and_quadwords() {
     assert_eq!(read(0x100, 4), 0, "no extended capabilities");
 }
 
+/// What a guest reads from a page that shows configuration space as memory.
+fn shown(platform: &Platform, slot: u64) -> Option<alloc::vec::Vec<u8>> {
+    match platform.config_page(slot << 15) {
+        ConfigPage::Bytes(bytes) => Some(bytes.to_vec()),
+        ConfigPage::Nothing => Some(alloc::vec![0xFF; 256]),
+        ConfigPage::HasEffects => None,
+    }
+}
+
+#[test]
+fn configuration_space_shown_as_memory_reads_like_the_registers_before_and_after_writes() {
+    let mut guest = Guest::new();
+    for slot in 0..4 {
+        for writes in [&[][..], &[(0x04, 2, 7), (0x10, 4, u32::MAX), (0x3C, 1, 0x5A)]] {
+            for &(register, width, value) in writes {
+                let at = GuestPhysAddr(layout::ECAM_BASE + (slot << 15) + register);
+                guest.platform.mmio_write(at, width, value.into());
+            }
+            let bytes = shown(&guest.platform, slot).unwrap();
+            for (register, byte) in bytes.into_iter().enumerate() {
+                assert_eq!(guest.read_config(slot, register as u64, 1), byte.into(), "{slot} {register:#x}");
+            }
+        }
+    }
+}
+
+#[test]
+fn configuration_space_is_not_shown_as_memory_while_its_window_to_the_bars_is_open() {
+    let mut guest = Guest::new();
+    let mut capability = guest.read_config(1, 0x34, 1);
+    while guest.read_config(1, u64::from(capability) + 3, 1) != 5
+        || guest.read_config(1, capability.into(), 1) != 9
+    {
+        capability = guest.read_config(1, u64::from(capability) + 1, 1);
+        assert_ne!(capability, 0, "the device has a PCI configuration access capability");
+    }
+    assert!(shown(&guest.platform, 1).is_some());
+    let length = GuestPhysAddr(layout::ECAM_BASE + (1 << 15) + u64::from(capability) + 12);
+    guest.platform.mmio_write(length, 4, 4);
+    assert_eq!(shown(&guest.platform, 1), None);
+}
+
 #[test]
 fn the_serial_interrupt_goes_through_the_io_apic() {
     let mut platform = platform();

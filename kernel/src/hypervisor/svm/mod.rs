@@ -127,6 +127,10 @@ impl NestedEntry for NptEntry {
         physical & ADDRESS | PRESENT | WRITABLE | USER | LARGE
     }
 
+    fn read_only_leaf(physical: u64) -> u64 {
+        physical & ADDRESS | PRESENT | USER
+    }
+
     fn is_present(entry: u64) -> bool {
         entry & PRESENT != 0
     }

@@ -122,11 +122,6 @@ impl SvmVcpu {
         (b.dr6, b.dr7, b.cpl) = (s.dr6, s.dr7, s.cpl);
     }
 
-    /// Drops every cached translation at the next entry.
-    fn flush(&mut self) {
-        self.block_mut().tlb_control = vmcb::TLB_FLUSH_ALL;
-    }
-
     fn block(&self) -> &Vmcb {
         // SAFETY: the page is a VMCB (plain integers, any value valid); the processor touches it only inside `enter`.
         unsafe { &*self.vmcb.as_ptr().cast::<Vmcb>() }
@@ -386,6 +381,10 @@ impl VendorVcpu for SvmVcpu {
 
     fn take_accepted(&mut self) -> Option<Vector> {
         self.accepted.take()
+    }
+
+    fn flush(&mut self) {
+        self.block_mut().tlb_control = vmcb::TLB_FLUSH_ALL;
     }
 
     fn load(&mut self) {

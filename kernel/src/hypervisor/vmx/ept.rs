@@ -31,6 +31,10 @@ impl NestedEntry for EptEntry {
         physical & ADDRESS | ALL_ACCESS | WRITE_BACK << LEAF_MEMORY_TYPE_SHIFT | IGNORE_PAT | LARGE
     }
 
+    fn read_only_leaf(physical: u64) -> u64 {
+        physical & ADDRESS | READ | WRITE_BACK << LEAF_MEMORY_TYPE_SHIFT | IGNORE_PAT
+    }
+
     fn is_present(entry: u64) -> bool {
         entry & ALL_ACCESS != 0
     }

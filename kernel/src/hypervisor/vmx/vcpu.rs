@@ -67,6 +67,8 @@ const CODE_CONFORMING: u64 = 1 << 2;
 pub struct VmxVcpu {
     vmcs: Vmcs,
     controls: Controls,
+    ept_pointer: u64,
+    vpid: u16,
     launched: bool,
     host_rsp: u64,
     /// RAX to R15 but for RSP; RIP and RFLAGS here are not used.
@@ -120,9 +122,11 @@ impl VmxVcpu {
     pub(super) fn new(nested_root: u64, state: &VcpuState, vpid: u16, shared: Rc<Shared>) -> Self {
         let vmcs = Vmcs::new(shared.capabilities.revision());
         let s = &state.system;
-        let vcpu = Self {
+        let mut vcpu = Self {
             vmcs,
             controls: shared.controls,
+            ept_pointer: ept::pointer(nested_root, shared.has_access_dirty()),
+            vpid,
             launched: false,
             host_rsp: 0,
             registers: state.registers,
@@ -151,16 +155,16 @@ impl VmxVcpu {
             reason: Cell::new(0),
             shared,
         };
-        vcpu.write_controls(nested_root, vpid);
+        vcpu.write_controls();
         host_state::write(&vcpu.vmcs, exit_point());
         vcpu.write_guest_state(state);
         // Frames and VPIDs are used again: nothing of their former owners may be left.
-        vcpu.shared.forget_translations(ept::pointer(nested_root, vcpu.shared.has_access_dirty()), vpid);
+        vcpu.flush();
         vcpu.vmcs.count_from_here();
         vcpu
     }
 
-    fn write_controls(&self, nested_root: u64, vpid: u16) {
+    fn write_controls(&self) {
         let (v, c) = (&self.vmcs, &self.controls);
         v.write(Field::PinControls, u64::from(c.pin));
         v.write(Field::PrimaryControls, u64::from(c.primary));
@@ -176,12 +180,12 @@ impl VmxVcpu {
         v.write(Field::EntryMsrLoadCount, 0);
         v.write(Field::EntryInterruptionInfo, 0);
         v.write(Field::MsrBitmap, self.shared.msr_bitmap.physical());
-        v.write(Field::EptPointer, ept::pointer(nested_root, self.shared.has_access_dirty()));
+        v.write(Field::EptPointer, self.ept_pointer);
         v.write(Field::Cr0Mask, CR0_HOST_OWNED);
         v.write(Field::Cr4Mask, !CR4_GUEST_OWNED);
         v.write(Field::Cr4ReadShadow, 0);
         if c.secondary & secondary::VPID != 0 {
-            v.write(Field::Vpid, u64::from(vpid));
+            v.write(Field::Vpid, u64::from(self.vpid));
         }
         if c.secondary & secondary::XSAVES != 0 {
             v.write(Field::XssExitingBitmap, u64::MAX);
@@ -674,6 +678,10 @@ impl VendorVcpu for VmxVcpu {
 
     fn take_accepted(&mut self) -> Option<Vector> {
         self.accepted.take()
+    }
+
+    fn flush(&mut self) {
+        self.shared.forget_translations(self.ept_pointer, self.vpid);
     }
 
     fn load(&mut self) {

@@ -11,7 +11,7 @@ use crate::memory::GuestMemory;
 use crate::platform::Entropy;
 use crate::platform::msix::{self, Msix};
 use crate::platform::outbox::Outbox;
-use crate::platform::pci::{ConfigSpace, Function, Identity, Space};
+use crate::platform::pci::{CONFIG_BYTES, ConfigSpace, Function, Identity, Space};
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
@@ -375,6 +375,12 @@ impl<D: VirtioDevice> Function for VirtioPci<D> {
             let data = self.config.read(self.access_capability + 16, length);
             self.bar_write(bar, offset, length, data.into(), out);
         }
+    }
+
+    fn config_bytes(&self) -> Option<&[u8; CONFIG_BYTES]> {
+        // Once the window to the BARs is set up, reading its data register reads a BAR.
+        let window_is_open = self.indirect_access(self.access_capability + 16, 4).is_some();
+        (!window_is_open).then(|| self.config.bytes())
     }
 
     fn decode(&self, space: Space, address: u32) -> Option<(usize, u32)> {

@@ -1,0 +1,99 @@
+//! A machine's PCI configuration space as memory that it can read: most of what Linux does to it is to read the same capabilities again
+//! and again, and a read from memory is no exit. Writes still are, and show in the memory afterwards.
+//!
+//! PCI Express Base specification, 7.2.2 (enhanced configuration access mechanism).
+
+use super::backend::{Backend, VendorVcpu};
+use super::nested::NestedTable;
+use crate::memory::frames::{FramePool, SMALL_FRAME, SmallFrame};
+use alloc::vec::Vec;
+use core::ptr;
+use nestling_machine::address::GuestPhysAddr;
+use nestling_machine::layout::{ECAM_BASE, ECAM_SIZE};
+use nestling_machine::platform::{ConfigPage, Platform};
+
+/// A page that reads as no function does.
+#[repr(align(4096))]
+struct Ones([u8; SMALL_FRAME as usize]);
+
+static ONES: Ones = Ones([0xFF; SMALL_FRAME as usize]);
+
+/// From one device's function 0 to the next one's. Other functions are looked for only where function 0 says that there are any.
+const DEVICE_STEP: u64 = 8 * SMALL_FRAME;
+
+/// The pages of functions that exist, by their offset in ECAM.
+pub struct ConfigSpace {
+    pages: Vec<(u64, SmallFrame)>,
+}
+
+const fn guest_address(offset: u64) -> GuestPhysAddr {
+    GuestPhysAddr(ECAM_BASE + offset)
+}
+
+/// Whether an address lies in configuration space.
+pub fn contains(at: GuestPhysAddr) -> bool {
+    at.0.checked_sub(ECAM_BASE).is_some_and(|offset| offset < ECAM_SIZE)
+}
+
+impl ConfigSpace {
+    /// Nothing is mapped yet.
+    pub const fn new() -> Self {
+        Self { pages: Vec::new() }
+    }
+
+    /// Maps what `platform` has. False when the pool is empty; what was mapped stays until [`Self::free`].
+    pub fn map<B: Backend>(
+        &mut self,
+        platform: &Platform,
+        table: &mut NestedTable<B::Entry>,
+        frames: &mut FramePool,
+    ) -> bool {
+        (0..ECAM_SIZE).step_by(DEVICE_STEP as usize).all(|offset| match platform.config_page(offset) {
+            ConfigPage::HasEffects => true,
+            ConfigPage::Nothing => {
+                table.map_read_only(guest_address(offset), &raw const ONES.0 as u64, frames)
+            }
+            ConfigPage::Bytes(bytes) => {
+                let Some(frame) = frames.small() else { return false };
+                show(&frame, bytes);
+                let mapped = table.map_read_only(guest_address(offset), frame.address(), frames);
+                self.pages.push((offset, frame));
+                mapped
+            }
+        })
+    }
+
+    /// Shows what a write has changed. Reads that do more than read are emulated.
+    pub fn update<B: Backend>(
+        &mut self,
+        platform: &Platform,
+        table: &mut NestedTable<B::Entry>,
+        vcpu: &mut B::Vcpu,
+        frames: &mut FramePool,
+    ) {
+        for (offset, frame) in &self.pages {
+            if let ConfigPage::Bytes(bytes) = platform.config_page(*offset) {
+                show(frame, bytes);
+            } else {
+                // For good: no driver that sets the window to the BARs up gives it up again.
+                table.unmap(guest_address(*offset), frames);
+                vcpu.flush();
+            }
+        }
+    }
+
+    /// Gives the frames back. The vCPUs that read them are gone.
+    pub fn free(self, frames: &mut FramePool) {
+        for (_, frame) in self.pages {
+            frames.free_small(frame);
+        }
+    }
+}
+
+/// Copies a function's registers into its page.
+fn show(frame: &SmallFrame, bytes: &[u8]) {
+    let length = bytes.len().min(SMALL_FRAME as usize);
+    // SAFETY: the frame is the machine's own, identity-mapped and a page long; `bytes` is L1's. The guest reads it only while it runs,
+    // which a machine of one vCPU does not do now.
+    unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), frame.address() as *mut u8, length) };
+}
