@@ -85,8 +85,9 @@ pub(super) fn prepare(machine: &Machine) -> Result<Program, BedError> {
     Ok(Program {
         name: PROGRAM,
         arguments: arguments.0,
-        // Its display is a terminal nobody sees.
-        environment: vec![("TERM", "linux")],
+        // Its display is a terminal nobody reads. This kind cannot hide its cursor: with one that can, each blink of it
+        // is written, and once the terminal's 20 KiB are full Bochs waits for ever.
+        environment: vec![("TERM", "vt100")],
         // It catches the others, and goes on.
         stop_signal: "KILL",
         forwarded_port: port,
