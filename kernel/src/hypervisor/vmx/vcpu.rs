@@ -263,14 +263,17 @@ impl VmxVcpu {
 
     /// Delivers a pending NMI, or asks for an exit as soon as that is possible.
     fn deliver_nmi(&mut self) {
-        let blocked = self.interruptibility.get(&self.vmcs) & (SHADOW | NMI_BLOCKED) != 0;
-        if blocked || self.event != 0 {
-            self.windows |= primary::NMI_WINDOW_EXITING;
-        } else {
+        if self.can_take_nmi() {
             self.event = interruption::VALID | interruption::NMI | 2;
             self.nmi_pending = false;
             self.nmi_seen = true;
+        } else {
+            self.windows |= primary::NMI_WINDOW_EXITING;
         }
+    }
+
+    fn can_take_nmi(&self) -> bool {
+        self.event == 0 && self.interruptibility.get(&self.vmcs) & (SHADOW | NMI_BLOCKED) == 0
     }
 
     /// An IRET that faulted had already ended the blocking of NMIs: it has to block them again until it succeeds.
@@ -665,7 +668,9 @@ impl VendorVcpu for VmxVcpu {
     fn offer_interrupt(&mut self, vector: Option<Vector>) {
         self.windows &= !primary::INTERRUPT_WINDOW_EXITING;
         let Some(vector) = vector.filter(|vector| vector.0 >> 4 > self.task_priority) else { return };
+        // An NMI comes first.
         let open = self.event == 0
+            && !(self.nmi_pending && self.can_take_nmi())
             && self.rflags() & RFLAGS_IF != 0
             && self.interruptibility.get(&self.vmcs) & SHADOW == 0;
         if open {
