@@ -27,8 +27,8 @@ const MEASURE_NS: u64 = 10_000_000;
 const CHECK_NS: u64 = 1_000_000;
 /// The part of a stated rate by which a measurement of it may differ: 1/32 is 3 %, as in a VM that was not running for a moment.
 const TOLERANCE: u64 = 32;
-/// Reads of a timer before it is taken for one that stands still: of the fastest some 0.1 us each, of an emulated one microseconds.
-const MOST_READS: u32 = 1_000_000;
+/// TSC ticks for each nanosecond to measure, before a timer is taken for one that stands still: no TSC runs at 100 GHz.
+const MOST_TICKS_PER_NS: u64 = 100;
 /// The rate where nothing tells or measures it, in kHz.
 const ASSUMED_KHZ: u64 = 1_000_000;
 
@@ -254,36 +254,46 @@ fn bracket(mut read: impl FnMut() -> u64) -> (u64, u64) {
 
 fn measure_pm(port: u16, ns: u64) -> Option<Measurement> {
     // SAFETY: the FADT names this port; reading it has no effect. The upper byte may be absent, so 24 bits are used.
-    let mut read = || u64::from(unsafe { Port::<u32>::new(port).read() } & 0xFF_FFFF);
-    apic::count_start();
-    let (tsc_start, start) = bracket(&mut read);
-    let target = PM_TIMER_HZ * ns / 1_000_000_000;
-    let passed = |now: u64| now.wrapping_sub(start) & 0xFF_FFFF;
-    if !(0..MOST_READS).any(|_| passed(read()) >= target) {
-        return None;
-    }
-    let (tsc_end, end) = bracket(&mut read);
-    let apic_ticks = apic::count_elapsed();
-    Measurement::new(tsc_end - tsc_start, apic_ticks, passed(end), PM_TIMER_HZ, Source::PmTimer)
+    let read = || u64::from(unsafe { Port::<u32>::new(port).read() });
+    measure_by(read, 0xFF_FFFF, PM_TIMER_HZ, Source::PmTimer, ns)
 }
 
 fn measure_pit(ns: u64) -> Option<Measurement> {
-    // Intel 8254, mode 0 on channel 2: OUT2 (port 0x61 bit 5) rises when the count has run out.
-    let target = PIT_HZ * ns / 1_000_000_000;
-    // SAFETY: the PIT's own ports; channel 2 drives nothing but the speaker, whose gate stays off.
+    // Intel 8254, "Mode 0" and "Counter Latch Command": channel 0 counts down from its highest value, and its interrupt is masked.
+    let (mut command, mut data) = (Port::<u8>::new(0x43), Port::<u8>::new(0x40));
+    // SAFETY: the PIT's own ports; nothing else uses it.
     unsafe {
-        let mut gate = Port::<u8>::new(0x61);
-        let value = gate.read() & !0b10 | 0b01;
-        gate.write(value);
-        Port::<u8>::new(0x43).write(0b1011_0000u8);
-        Port::<u8>::new(0x42).write(target as u8);
-        Port::<u8>::new(0x42).write((target >> 8) as u8);
-        apic::count_start();
-        let start = tsc();
-        if !(0..MOST_READS).any(|_| gate.read() & 1 << 5 != 0) {
+        command.write(0b0011_0000u8);
+        data.write(0xFFu8);
+        data.write(0xFFu8);
+    }
+    let read = || {
+        // SAFETY: as above.
+        let count = unsafe {
+            command.write(0u8);
+            u16::from_le_bytes([data.read(), data.read()])
+        };
+        u64::from(!count)
+    };
+    measure_by(read, 0xFFFF, PIT_HZ, Source::Pit, ns)
+}
+
+/// Counts while a timer that wraps after `mask` and runs at `hz` passes `ns`; `None` where it stands still.
+fn measure_by(
+    mut read: impl FnMut() -> u64,
+    mask: u64,
+    hz: u64,
+    source: Source,
+    ns: u64,
+) -> Option<Measurement> {
+    apic::count_start();
+    let (tsc_start, start) = bracket(&mut read);
+    let passed = |now: u64| now.wrapping_sub(start) & mask;
+    while passed(read()) < hz * ns / 1_000_000_000 {
+        if tsc().wrapping_sub(tsc_start) > ns.saturating_mul(MOST_TICKS_PER_NS) {
             return None;
         }
-        let (ticks, apic_ticks) = (tsc() - start, apic::count_elapsed());
-        Measurement::new(ticks, apic_ticks, target, PIT_HZ, Source::Pit)
     }
+    let (tsc_end, end) = bracket(&mut read);
+    Measurement::new(tsc_end - tsc_start, apic::count_elapsed(), passed(end), hz, source)
 }
