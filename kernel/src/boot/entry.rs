@@ -1,8 +1,8 @@
 //! The kernel's first instructions: from the 32-bit protected mode without paging that both boot protocols
 //! hand over in, to Rust in 64-bit mode.
 //!
-//! Intel SDM vol. 3, 10.8.5 "Initializing IA-32e Mode"; Multiboot2 Specification 2.0, 3.1 "OS image format" and 3.3 "I386
-//! machine state"; Xen "x86/HVM direct boot ABI".
+//! Intel SDM vol. 3, 10.8.5 "Initializing IA-32e Mode"; Multiboot2 Specification 2.0, "OS image format" and "I386 machine
+//! state"; Xen "x86/HVM direct boot ABI".
 
 use super::{multiboot2, pvh};
 use core::arch::global_asm;
@@ -13,8 +13,8 @@ unsafe extern "C" {
     fn pvh_start32() -> !;
 }
 
-// What Multiboot2 loaders look for in the first 32 KiB of the file. Without the memory map (required) they do not start the kernel; modules
-// come on pages of their own.
+// What Multiboot2 loaders look for in the first 32 KiB of the file. Without the memory map (required) they do not
+// start the kernel; modules come on pages of their own.
 global_asm!(
     r#"
     .section .multiboot2, "a"
@@ -47,8 +47,9 @@ multiboot2_header_end:
     options(att_syntax)
 );
 
-// In: the information's address in EDI, a magic number in ESI, the function to call in EBP. Identity-maps the first 4 GiB with 2 MiB
-// pages, writable and executable: only `memory::paging` runs on these tables.
+// Each entry point puts the function to call into EBP; the loader left the address of its information in EBX and a magic
+// number in EAX. Identity-maps the first 4 GiB with 2 MiB pages, writable and executable: only `memory::paging` runs on
+// these tables.
 global_asm!(
     r#"
     .section .boot.text, "ax"
@@ -127,7 +128,8 @@ boot_gdt_pointer:
     options(att_syntax)
 );
 
-/// First Rust code after a PVH loader: identity-mapped, interrupts off, on the boot stack. `entry_tsc` is the time-stamp counter at entry.
+/// First Rust code after a PVH loader: identity-mapped, interrupts off, on the boot stack. `entry_tsc` is the
+/// time-stamp counter at entry.
 #[unsafe(no_mangle)]
 extern "C" fn pvh_main(start_info: u32, _magic: u32, entry_tsc: u64) -> ! {
     crate::drivers::serial::init();
@@ -140,7 +142,7 @@ extern "C" fn pvh_main(start_info: u32, _magic: u32, entry_tsc: u64) -> ! {
     }
 }
 
-/// First Rust code after a Multiboot2 loader, in the same state.
+/// First Rust code after a Multiboot2 loader, in the same state. `magic` is what the loader left in EAX.
 #[unsafe(no_mangle)]
 extern "C" fn multiboot2_main(information: u32, magic: u32, entry_tsc: u64) -> ! {
     crate::drivers::serial::init();

@@ -1,7 +1,7 @@
 //! The Multiboot2 boot protocol, as GRUB speaks it.
 //!
-//! Multiboot2 Specification 2.0: 3.4 "Basic tags structure", 3.6.2 (command line), 3.6.3 (modules), 3.6.8 (memory map), 3.6.14 and
-//! 3.6.15 (copies of the ACPI root pointer).
+//! Multiboot2 Specification 2.0, "Boot information format": "Boot command line", "Modules", "Memory map", "ACPI old RSDP" and
+//! "ACPI new RSDP".
 
 use super::{BootInfo, CommandLine, MemoryKind, MemoryRange};
 use alloc::borrow::ToOwned;
@@ -64,8 +64,8 @@ pub unsafe fn read(magic: u32, address: usize) -> Result<BootInfo, Multiboot2Err
     if magic != MAGIC {
         return Err(Multiboot2Error::Magic(magic));
     }
-    // SAFETY: the loader's structure is valid by the protocol and identity-mapped, as the caller promises; it is copied before any
-    // memory is reused.
+    // SAFETY: the loader's structure is valid by the protocol and identity-mapped, as the caller promises; it is
+    // copied before any memory is reused.
     let information = unsafe { BootInformation::load(address as *const BootInformationHeader) }
         .map_err(Multiboot2Error::Damaged)?;
     let Information { command_line, modules, memory, rsdp } = parse(&information)?;

@@ -1,10 +1,11 @@
 //! Time: the TSC, calibrated once at boot.
 //!
-//! In order of trust: the rate the hypervisor states (kvm-clock, then CPUID leaf 0x4000_0010), the processor's own leaf 0x15
-//! with a crystal frequency, and otherwise a measurement against the ACPI PM timer (ACPI 6.5, 4.8.2.1) or the PIT.
+//! In order of trust: the rate the hypervisor states (kvm-clock, then CPUID leaf 0x4000_0010), the processor's own
+//! leaf 0x15 with a crystal frequency, and otherwise a measurement against the ACPI PM timer (ACPI 6.5, 4.8.2.1) or
+//! the PIT.
 //!
-//! Leaf 0x15 tells of the processor that the VM was given the name of, which need not be the one it runs on: it is believed only when a
-//! measurement of a millisecond agrees.
+//! Leaf 0x15 tells of the processor that the VM was given the name of, which need not be the one it runs on: it is
+//! believed only when a measurement of a millisecond agrees.
 
 use super::{apic, features};
 use core::arch::x86_64::_rdtsc;
@@ -25,7 +26,8 @@ const PIT_HZ: u64 = 1_193_182;
 const MEASURE_NS: u64 = 10_000_000;
 /// How long to measure to check a stated rate.
 const CHECK_NS: u64 = 1_000_000;
-/// The part of a stated rate by which a measurement of it may differ: 1/32 is 3 %, as in a VM that was not running for a moment.
+/// The part of a stated rate by which a measurement of it may differ: 1/32 is 3 %, as in a VM that was not running for
+/// a moment.
 const TOLERANCE: u64 = 32;
 /// TSC ticks for each nanosecond to measure, before a timer is taken for one that stands still: no TSC runs at 100 GHz.
 const MOST_TICKS_PER_NS: u64 = 100;
@@ -103,7 +105,8 @@ pub fn set_unix_ns(now: u64) {
     UNIX_AT_BASE.store(now.saturating_sub(now_ns()), Ordering::Relaxed);
 }
 
-/// Finds the rates of the TSC and of the APIC timer. `entry_tsc` becomes time zero; `pm_timer` is the I/O port of the PM timer.
+/// Finds the rates of the TSC and of the APIC timer. `entry_tsc` becomes time zero; `pm_timer` is the I/O port of the
+/// PM timer.
 pub fn init(entry_tsc: u64, pm_timer: Option<u16>) -> Source {
     BASE.store(entry_tsc, Ordering::Relaxed);
     let (khz, source) = match kvm_clock().or_else(hypervisor_leaf) {
@@ -233,12 +236,14 @@ impl Measurement {
     }
 }
 
-/// The rates of the TSC and of the APIC timer by `ns` of the PM timer, or of the PIT where there is none or it stands still.
+/// The rates of the TSC and of the APIC timer by `ns` of the PM timer, or of the PIT where there is none or it stands
+/// still.
 fn measure(pm_timer: Option<u16>, ns: u64) -> Option<Measurement> {
     pm_timer.and_then(|port| measure_pm(port, ns)).or_else(|| measure_pit(ns))
 }
 
-/// One reading of a counter with the TSC around it; the narrowest of a few counts, since any one may have been interrupted by L0.
+/// One reading of a counter with the TSC around it; the narrowest of a few counts, since any one may have been
+/// interrupted by L0.
 fn bracket(mut read: impl FnMut() -> u64) -> (u64, u64) {
     let mut best = (u64::MAX, 0, 0);
     for _ in 0..5 {
@@ -259,7 +264,8 @@ fn measure_pm(port: u16, ns: u64) -> Option<Measurement> {
 }
 
 fn measure_pit(ns: u64) -> Option<Measurement> {
-    // Intel 8254, "Mode 0" and "Counter Latch Command": channel 0 counts down from its highest value, and its interrupt is masked.
+    // Intel 8254, "Mode 0" and "Counter Latch Command": channel 0 counts down from its highest value, and its
+    // interrupt is masked.
     let (mut command, mut data) = (Port::<u8>::new(0x43), Port::<u8>::new(0x40));
     // SAFETY: the PIT's own ports; nothing else uses it.
     unsafe {

@@ -1,5 +1,5 @@
-//! Vector and x87 state. The kernel is compiled without either, so a guest's state stays in the registers until the core
-//! switches to another vCPU.
+//! Vector and x87 state. The kernel is compiled without either, so a guest's state stays in the registers until the
+//! core switches to another vCPU.
 //!
 //! Processors before XSAVE (Intel's before 2011, AMD's before 2011) have x87 and SSE only, which FXSAVE keeps.
 //!
@@ -24,11 +24,12 @@ static NEUTRAL: u32 = 0;
 const MXCSR_RESET: u32 = 0x1F80;
 const FCW_RESET: u16 = 0x37F;
 
-/// Switches on the vector units and, where there is XSAVE, every managed component that the processor has. The components that are
-/// kept apart.
+/// Switches on the vector units and, where there is XSAVE, every managed component that the processor has. The
+/// components that are kept apart.
 pub fn init() -> u64 {
     let xsave = if has_xsave() { Cr4Flags::OSXSAVE } else { Cr4Flags::empty() };
-    // SAFETY: enables instructions that CPUID offers (every 64-bit processor has FXSAVE); the kernel itself uses no vector register.
+    // SAFETY: enables instructions that CPUID offers (every 64-bit processor has FXSAVE); the kernel itself uses no
+    // vector register.
     unsafe {
         Cr0::update(|cr0| {
             cr0.remove(Cr0Flags::EMULATE_COPROCESSOR | Cr0Flags::TASK_SWITCHED);
@@ -45,7 +46,8 @@ pub fn init() -> u64 {
     components
 }
 
-/// Loads XCR0, which must be valid: a subset of what [`init`] returned that keeps the architecture's rules. Without XSAVE there is none.
+/// Loads XCR0, which must be valid: a subset of what [`init`] returned that keeps the architecture's rules. Without
+/// XSAVE there is none.
 pub fn load_xcr0(value: u64) {
     if has_xsave() {
         // SAFETY: the caller passes a value already validated; it only decides which instructions fault.
@@ -87,8 +89,8 @@ impl XsaveArea {
     /// Loads the registers from the area.
     pub fn restore(&self) {
         load_xcr0(self.components);
-        // AMD processors before Zen keep the last x87 instruction's and operand's addresses across XRSTOR unless an exception is
-        // pending: a load from an address of L1's overwrites them (AMD APM vol. 2, 11.4.4.3).
+        // AMD processors before Zen keep the last x87 instruction's and operand's addresses across XRSTOR unless an
+        // exception is pending: a load from an address of L1's overwrites them (AMD APM vol. 2, 11.4.4.3).
         // SAFETY: x87 instructions on a register file that is about to be replaced; the operand is a constant of L1's.
         unsafe {
             asm!("fnclex", "emms", "fild dword ptr [{}]", in(reg) &raw const NEUTRAL, options(nostack));

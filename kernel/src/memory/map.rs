@@ -5,7 +5,8 @@ use crate::boot::{MemoryKind, MemoryRange};
 use alloc::vec::Vec;
 use core::ops::Range;
 
-/// Usable RAM in whole 2 MiB frames that are neither `occupied` nor the firmware's, each frame once: loaders' maps overlap at times.
+/// Usable RAM in whole 2 MiB frames that are neither `occupied` nor the firmware's, each frame once: loaders' maps
+/// overlap at times.
 pub fn free_ranges(
     memory: &[MemoryRange],
     occupied: impl IntoIterator<Item = Range<u64>>,
