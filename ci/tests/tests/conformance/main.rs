@@ -4,9 +4,11 @@
 //! `NESTLING_BED`. What is expected comes from the manuals: Intel SDM, AMD APM.
 
 mod cpuid;
+mod exceptions;
 mod instructions;
 mod interrupts;
 mod mmio;
+mod modes;
 mod msrs;
 mod ports;
 mod state;
@@ -20,9 +22,11 @@ use std::path::PathBuf;
 /// The guests of all files.
 const GUESTS: &[&[(&str, Program)]] = &[
     cpuid::GUESTS,
+    exceptions::GUESTS,
     instructions::GUESTS,
     interrupts::GUESTS,
     mmio::GUESTS,
+    modes::GUESTS,
     msrs::GUESTS,
     ports::GUESTS,
     state::GUESTS,
@@ -62,6 +66,11 @@ fn node() -> &'static RunningBed {
 /// not intercept XSETBV, among others. A test that accepts that says so.
 fn is_emulated_by_qemu() -> bool {
     std::env::var("NESTLING_BED").map_or(true, |bed| bed.is_empty() || bed.starts_with("qemu-tcg"))
+}
+
+/// Whether the processor is Bochs' emulation of SVM. A test that accepts its peculiarities says which.
+fn is_svm_in_bochs() -> bool {
+    std::env::var("NESTLING_BED").is_ok_and(|bed| ["bochs:ryzen", "bochs:phenom"].contains(&bed.as_str()))
 }
 
 /// Runs a guest, however it ends.
