@@ -22,6 +22,7 @@ const XSTATE_LEAF: u32 = 0xD;
 
 const RFLAGS_TF: u64 = 1 << 8;
 const RFLAGS_IF: u64 = 1 << 9;
+const RFLAGS_RF: u64 = 1 << 16;
 
 /// #DB; why is said in DR6.
 const DEBUG: Exception = Exception { vector: Vector(1), error_code: None, cr2: None };
@@ -211,7 +212,7 @@ impl<B: Backend> Machine<B> {
             }
             Exit::Xsetbv => self.xsetbv(node),
             Exit::CacheFlush => self.skip(node),
-            Exit::Faulting(exception) | Exit::Exception(exception) => self.hardware.inject(exception),
+            Exit::Faulting(exception) | Exit::Exception(exception) => self.raise(exception),
             Exit::MachineCheck => {
                 panic!("machine check while a guest ran: the hardware reports an error that may be anywhere")
             }
@@ -266,15 +267,27 @@ impl<B: Backend> Machine<B> {
     fn complete(&mut self, next: u64) {
         self.hardware.set_rip(next);
         self.hardware.clear_interrupt_shadow();
-        if self.hardware.rflags() & RFLAGS_TF != 0 {
+        let rflags = self.hardware.rflags();
+        if rflags & RFLAGS_RF != 0 {
+            self.hardware.set_rflags(rflags & !RFLAGS_RF);
+        }
+        if rflags & RFLAGS_TF != 0 {
             self.hardware.note_single_step();
             self.hardware.inject(DEBUG);
         }
     }
 
+    /// Delivers an exception. Faults push RF set, so that a breakpoint on the instruction does not strike twice (SDM vol. 3, 18.3.1.1).
+    fn raise(&mut self, exception: Exception) {
+        if exception.vector != DEBUG.vector {
+            self.hardware.set_rflags(self.hardware.rflags() | RFLAGS_RF);
+        }
+        self.hardware.inject(exception);
+    }
+
     fn stop(&mut self, stop: Stop) {
         match stop {
-            Stop::Exception(exception) => self.hardware.inject(exception),
+            Stop::Exception(exception) => self.raise(exception),
             Stop::Memory(MemoryError::OutOfFrames) => self.end = Some(End::OutOfFrames),
             Stop::Memory(error @ MemoryError::NotRam { .. }) => {
                 self.end = Some(End::Unsupported(format!("{error}")))
@@ -315,7 +328,7 @@ impl<B: Backend> Machine<B> {
             }
             Err(exception) => {
                 log::debug!("rdmsr {index:?} refused");
-                self.hardware.inject(exception);
+                self.raise(exception);
             }
         }
     }
@@ -332,7 +345,7 @@ impl<B: Backend> Machine<B> {
             }
             Err(exception) => {
                 log::debug!("wrmsr {index:?} {value:#x} refused");
-                self.hardware.inject(exception);
+                self.raise(exception);
             }
         }
     }
@@ -349,7 +362,7 @@ impl<B: Backend> Machine<B> {
         } else {
             match u8::try_from(self.hardware.gpr(register)) {
                 Ok(priority @ 0..=15) => self.vcpu.lapic.set_tpr(priority << 4),
-                _ => return self.hardware.inject(Exception::GENERAL_PROTECTION),
+                _ => return self.raise(Exception::GENERAL_PROTECTION),
             }
         }
         self.skip(node);
@@ -383,7 +396,7 @@ impl<B: Backend> Machine<B> {
                 fpu::load_xcr0(xcr0);
                 self.skip(node);
             }
-            Err(exception) => self.hardware.inject(exception),
+            Err(exception) => self.raise(exception),
         }
     }
 
@@ -435,7 +448,7 @@ impl<B: Backend> Machine<B> {
         match emulation {
             Emulation::Done => self.hardware.clear_interrupt_shadow(),
             Emulation::Partial => {}
-            Emulation::Fault(exception) => self.hardware.inject(exception),
+            Emulation::Fault(exception) => self.raise(exception),
             Emulation::Unsupported { bytes, length } => self.unsupported(&bytes, length),
             Emulation::Memory(error) => self.stop(Stop::Memory(error)),
         }
