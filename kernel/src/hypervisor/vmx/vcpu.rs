@@ -316,6 +316,10 @@ impl VmxVcpu {
             | reason::VMFUNC => Exit::Faulting(Exception::UNDEFINED),
             reason::EPT_VIOLATION => {
                 let delivering = self.keep_interrupted_event();
+                if self.rflags() & RFLAGS_TF != 0 {
+                    // The instruction has not run, so its trap is not due; Bochs notes it all the same.
+                    self.vmcs.write(Field::GuestPendingDebugExceptions, 0);
+                }
                 if self.nmi_seen && !delivering {
                     let qualification = self.vmcs.read(Field::ExitQualification);
                     self.block_nmi_again(qualification & ept_violation::NMI_UNBLOCKED != 0);
