@@ -305,6 +305,42 @@ fn controls_that_need_each_other_are_named() {
 }
 
 #[test]
+fn posted_interrupts_need_delivery_acknowledgement_and_their_descriptor() {
+    let offered = haswell_with(&[(0x48D, 0x0000_00FF_0000_0016)]);
+    let good = long_mode()
+        .with(&OTHER_PAGES)
+        .setting(Field::PrimaryControls, primary::TPR_SHADOW)
+        .setting(Field::SecondaryControls, secondary::VIRTUAL_INTERRUPT_DELIVERY)
+        .setting(Field::PinControls, pin::POSTED_INTERRUPTS)
+        .setting(Field::ExitControls, exit::ACKNOWLEDGE_INTERRUPT);
+    assert_eq!(good.failing(&offered), [""; 0]);
+    for lacking in [
+        good.clearing(Field::ExitControls, exit::ACKNOWLEDGE_INTERRUPT),
+        good.clearing(Field::SecondaryControls, secondary::VIRTUAL_INTERRUPT_DELIVERY),
+    ] {
+        lacking.fails_on(&offered, Field::PinControls, "posted interrupts need");
+    }
+    let vector = Field::PostedInterruptNotificationVector;
+    good.with(&[(vector, 0x1F2)]).fails_on(&offered, vector, "a vector");
+    let descriptor = Field::PostedInterruptDescriptor;
+    good.with(&[(descriptor, 0x7020)]).fails_on(&offered, descriptor, "alignment");
+}
+
+#[test]
+fn tertiary_controls_outside_the_capabilities_are_named() {
+    let offered = haswell_with(&[(0x48E, 0xFFFB_FFFE_0400_6172), (0x492, 1 << 4)]);
+    let good = long_mode()
+        .setting(Field::PrimaryControls, primary::TERTIARY_CONTROLS)
+        .with(&[(Field::TertiaryControls, 1 << 4)]);
+    assert_eq!(good.failing(&offered), [""; 0]);
+    good.with(&[(Field::TertiaryControls, 1 << 5)]).fails_on(
+        &offered,
+        Field::TertiaryControls,
+        "bits 0x20 must be 0",
+    );
+}
+
+#[test]
 fn secondary_controls_count_only_when_they_are_activated() {
     let inactive = long_mode().clearing(Field::PrimaryControls, primary::SECONDARY_CONTROLS).with(&[
         (Field::SecondaryControls, u64::MAX),
@@ -461,6 +497,15 @@ fn every_part_of_a_wrong_host_state_is_named() {
 }
 
 #[test]
+fn control_flow_enforcement_needs_write_protection() {
+    let offered = haswell_with(&[(0x489, 0x0097_27FF)]);
+    let good = long_mode().setting(Field::HostCr4, 1 << 23).setting(Field::GuestCr4, 1 << 23);
+    assert_eq!(good.failing(&offered), [""; 0]);
+    good.clearing(Field::HostCr0, 1 << 16).fails_on(&offered, Field::HostCr4, "CET needs CR0.WP");
+    good.clearing(Field::GuestCr0, 1 << 16).fails_on(&offered, Field::GuestCr4, "CET needs CR0.WP");
+}
+
+#[test]
 fn a_processor_with_wider_linear_addresses_takes_wider_ones() {
     let wide = haswell_with(&[(0x489, 0x0017_27FF | 1 << 12)]);
     let vmcs = long_mode().with(&[(Field::HostFsBase, NOT_CANONICAL)]);
@@ -568,6 +613,9 @@ fn wrong_stack_segments_are_named() {
         .fails(FIELD, "the DPL of SS must be 0 in real mode");
     let restricted = good.clearing(Field::SecondaryControls, secondary::UNRESTRICTED_GUEST);
     restricted.with(&[(Field::GuestCsSelector, 0x13)]).fails(Field::GuestSsSelector, "the RPL of SS");
+    restricted
+        .with(&[(Field::GuestCsSelector, 0x13), (Field::GuestSsSelector, 0x1B)])
+        .fails(FIELD, "the DPL of SS must be its RPL");
     // With unrestricted guest neither is looked at.
     good.with(&[(Field::GuestCsSelector, 0x13)]).passes();
 }

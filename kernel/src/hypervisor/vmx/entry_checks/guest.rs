@@ -1,7 +1,7 @@
 //! Checks of the guest's registers and of what is no register: Intel SDM vol. 3, 27.3.1.1 and 27.3.1.3-27.3.1.6.
 
 use super::{
-    CR0_PE, CR0_PG, CR0_WP, CR4_CET, CR4_PAE, CR4_PCIDE, Checks, EFER_DEFINED, EFER_LMA, EFER_LME, PAGE,
+    CR0_PE, CR0_PG, CR0_WP, CR4_CET, CR4_PAE, CR4_PCIDE, Checks, EFER_DEFINED, EFER_LMA, EFER_LME,
     PHYSICAL_WIDTH,
 };
 use crate::hypervisor::vmx::controls::{entry, pin, secondary};
@@ -200,15 +200,10 @@ impl Checks<'_> {
         );
     }
 
-    /// A pointer that is not all ones must lead to a VMCS with the right revision, which cannot be seen from here.
+    /// With VMCS shadowing it leads to a VMCS of the right revision, which cannot be seen from here.
     fn link_pointer(&mut self) {
         const FIELD: Field = Field::VmcsLinkPointer;
-        let pointer = self.get(FIELD);
-        if pointer == u64::MAX {
-            return;
-        }
-        self.require_physical(FIELD, PAGE);
-        let holds = self.has_secondary(secondary::VMCS_SHADOWING);
+        let holds = self.get(FIELD) == u64::MAX || self.has_secondary(secondary::VMCS_SHADOWING);
         self.require(holds, FIELD, "must be all ones where VMCS shadowing is off");
     }
 
