@@ -340,11 +340,12 @@ fn general_detect(guest: &mut Guest) -> Asm {
 
 #[test]
 fn general_detect_faults_once_and_is_clear_in_the_handler() {
-    if !has_breakpoints() {
+    if !has_breakpoints() || is_svm_in_bochs() {
+        // Bochs' SVM leaves the guest's DR7 to L1.
         return;
     }
     let facts = run("general-detect");
-    assert_trap(&facts, "trap", 1, DR6_BD, RFLAGS_RF);
+    assert_eq!(facts.words("trap")[..3], [1, 0, DR6_RESET | DR6_BD], "{facts}");
     facts.assert("dr7-in-handler", 0x400);
     facts.assert("dr7-after", 0x400);
 }

@@ -3,6 +3,7 @@
 //! Every guest is an image of one bundle beside `minimal`, so that a node boots once and runs each as a job. The bed is named by
 //! `NESTLING_BED`. What is expected comes from the manuals: Intel SDM, AMD APM.
 
+mod bad_guests;
 mod cpuid;
 mod exceptions;
 mod instructions;
@@ -21,6 +22,7 @@ use std::path::PathBuf;
 
 /// The guests of all files.
 const GUESTS: &[&[(&str, Program)]] = &[
+    bad_guests::GUESTS,
     cpuid::GUESTS,
     exceptions::GUESTS,
     instructions::GUESTS,
