@@ -2,7 +2,8 @@
 //!
 //! Intel 317453, 14.3 (general configuration), 14.4 (receive initialization), 14.5 (transmit initialization), 5.6
 //! (EEPROM). Emulators leave parts out: in QEMU and Bochs a reset changes nothing, in Bochs the address is only in the
-//! EEPROM, and neither clears a descriptor's error bits. So every register that matters is written here.
+//! EEPROM, and neither clears a descriptor's error bits. So every register that matters is written here. QEMU's e1000
+//! (not its e1000e) holds frames back for a second after RCTL was written: nodes there get their address that late.
 
 use core::fmt;
 

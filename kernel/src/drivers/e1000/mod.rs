@@ -18,16 +18,16 @@ use self::adapter::Adapter;
 use self::registers::Mmio;
 use super::nic::Nic;
 use super::pci::{ConfigSpace, Function, Msi};
-use crate::cpu;
 use crate::cpu::interrupts::{self, IrqLine};
 use crate::cpu::pic::LegacyLine;
+use crate::cpu::{self, clock};
 
 const VENDOR_INTEL: u16 = 0x8086;
 const DEVICE_82574L: u16 = 0x10d3;
 /// 82543GC, 82544GC, 82540EM, 82545EM (copper), 82546EB, 82545EM (fiber), 82545GM and the 82574L.
 const DEVICES: [u16; 8] = [0x1004, 0x100c, 0x100e, 0x100f, 0x1010, 0x1011, 0x1026, DEVICE_82574L];
-/// Windows for a provoked interrupt to arrive in. It takes microseconds, more where L0 is busy.
-const INTERRUPT_TRIES: u32 = 10_000;
+/// How long a provoked interrupt may take to arrive. It takes microseconds, more where L0 is busy.
+const INTERRUPT_PATIENCE_NS: u64 = 20_000_000;
 /// Interrupts on a line for which the device has no cause, in a row, before the line is given up: another device keeps
 /// it asserted, and nobody here would ever silence that one.
 const MOST_UNCLAIMED: u32 = 100;
@@ -125,10 +125,16 @@ impl E1000 {
     fn arrives(&mut self, interrupt: &Interrupt) -> bool {
         self.adapter.enable_interrupts();
         self.adapter.provoke_interrupt();
-        let arrived = (0..INTERRUPT_TRIES).any(|_| {
+        let deadline = clock::now_ns().saturating_add(INTERRUPT_PATIENCE_NS);
+        let arrived = loop {
             cpu::take_interrupts();
-            interrupt.take_pending()
-        });
+            if interrupt.take_pending() {
+                break true;
+            }
+            if clock::now_ns() >= deadline {
+                break false;
+            }
+        };
         // Takes the provoked cause, so that the line is low again.
         if !(self.adapter.take_causes() && arrived) {
             self.adapter.disable_interrupts();
