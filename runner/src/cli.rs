@@ -81,8 +81,8 @@ Beds:
   auto           qemu-kvm where KVM can nest, else qemu-tcg
   qemu-tcg       QEMU's emulator of an AMD CPU: on any computer
   qemu-kvm       QEMU with KVM: kvm_amd or kvm_intel must be loaded with nested=1
-  bochs[:MODEL]  Bochs, ten times slower than qemu-tcg, but with Intel CPUs too; `bochs -help cpu` lists
-                 the models; at most 2048 MiB [default model: corei7_haswell_4770]
+  bochs[:MODEL]  Bochs: slower than qemu-tcg, but with Intel CPUs too; at most 2048 MiB of memory;
+                 `bochs -help cpu` lists the models [default: corei7_haswell_4770]
 
 The node listens on 127.0.0.1 only. Its record, log and token are in $XDG_STATE_HOME/nestling/NAME
 (~/.local/state/nestling/NAME), readable by you alone.")]

@@ -197,9 +197,12 @@ fn await_port(
         if let Some(port) = program.forwarded_port.filter(|&port| bochs::listens(node.pid, port)) {
             return Ok(Some(port));
         }
-        if process.try_wait().map_err(LocalError::Files)?.is_some() {
-            let words = bochs::last_words(dir.path());
-            return if bochs::switched_off(&words) { Ok(None) } else { refused(words) };
+        if let Some(status) = process.try_wait().map_err(LocalError::Files)? {
+            return match bochs::last_words(dir.path()) {
+                words if bochs::switched_off(&words) => Ok(None),
+                words if words.is_empty() => refused(format!("it ended without a word ({status})")),
+                words => refused(words),
+            };
         }
         if start.elapsed() >= START_TIMEOUT {
             return refused("it does not listen on the node's port".to_owned());

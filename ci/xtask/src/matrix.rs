@@ -118,7 +118,7 @@ fn run_model(model: &'static Model, elf: &Path) -> Row {
 
 fn table(rows: &[Row]) -> String {
     let mut text = format!(
-        "\n   {:<6} {:<24} {:<7} {:<40} {:>14} {:>8} {:>14}\n",
+        "\n   {:<7} {:<24} {:<7} {:<40} {:>14} {:>8} {:>14}\n",
         "", "model", "vendor", "offers", "tests", "exits", "time"
     );
     for row in rows {
@@ -131,7 +131,7 @@ fn table(rows: &[Row]) -> String {
         let exits = row.exits.as_deref().unwrap_or("-");
         let Model { name, vendor, offers, .. } = row.model;
         text.push_str(&format!(
-            "   {result:<7}{name:<24} {vendor:<7} {offers:<40} {tests:>14} {exits:>8} {:>14}\n",
+            "   {result:<7} {name:<24} {vendor:<7} {offers:<40} {tests:>14} {exits:>8} {:>14}\n",
             span(row.time)
         ));
     }

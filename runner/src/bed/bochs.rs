@@ -29,6 +29,9 @@ const INSTRUCTIONS_PER_SECOND: u32 = 50_000_000;
 
 /// Ports are chosen here, below those the system gives to connections.
 const PORTS: std::ops::Range<u16> = 20_000..32_000;
+/// Triple faults of guests a Bochs with SVM goes on after.
+const TRIPLE_FAULTS: usize = 10_000;
+
 /// How many of them are tried.
 const PORT_TRIES: usize = 64;
 
@@ -37,13 +40,13 @@ pub(super) fn prepare(machine: &Machine) -> Result<Program, BedError> {
     let BedKind::Bochs { model } = &machine.bed else { unreachable!("only Bochs is prepared here") };
     let unsupported = |what: String| Err(BedError::Unsupported(machine.bed.clone(), what));
     if machine.memory_mib > MAX_MEMORY_MIB {
+        let asked = machine.memory_mib;
         return unsupported(format!(
-            "it has at most {MAX_MEMORY_MIB} MiB of memory; {} were asked for",
-            machine.memory_mib
+            "at most {MAX_MEMORY_MIB} MiB of memory can be had; {asked} were asked for"
         ));
     }
     if machine.cpu.is_some() || !machine.qemu_arguments.is_empty() {
-        return unsupported("it takes no options of QEMU; its CPU is given as bochs:MODEL".to_owned());
+        return unsupported("options of QEMU mean nothing there; the CPU is given as bochs:MODEL".to_owned());
     }
     check_command_line(&machine.command_line)?;
     let known = models()?;
@@ -67,8 +70,9 @@ pub(super) fn prepare(machine: &Machine) -> Result<Program, BedError> {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
-        // Go on; and should the machine ever stop, leave.
-        write_private(&dir.join(DEBUGGER), "c\nq\n")?;
+        // Go on, and at the end leave. Where a guest's triple fault is no panic, it stops the debugger: go on each time.
+        let times = if triple_faults_panic(model) { 1 } else { TRIPLE_FAULTS };
+        write_private(&dir.join(DEBUGGER), &("c\n".repeat(times) + "q\n"))?;
         if let Some(port) = port {
             // The first line is how Bochs tells the format.
             let text = format!("# slirp config\nhostfwd = tcp:127.0.0.1:{port}-10.0.2.15:{NODE_PORT}\n");
@@ -138,6 +142,7 @@ fn config(machine: &Machine, model: &str) -> String {
     };
     let plugin = if network.is_empty() { "" } else { ", e1000=1" };
     let disk = boot_disk::FILE;
+    let panics = if triple_faults_panic(model) { "" } else { ", cpu0=report" };
     // The clock is slowed down to the computer's while the node idles: an idle node then takes no time of the computer, and waits
     // last as long as they say. ATA channel 0 alone: the BIOS waits for disks on any other.
     format!(
@@ -158,13 +163,21 @@ com1: enabled=1, mode=file, dev={serial}
 vga: extension=vbe, update_freq=1, realtime=0
 mouse: enabled=0
 private_colormap: enabled=0
-panic: action=fatal
+panic: action=fatal{panics}
 error: action=ignore
 info: action=ignore
 debug: action=ignore
 log: {LOG}
 "
     )
+}
+
+/// Whether Bochs may end at a triple fault. With VMX one of a guest is an exit before it is anything else, so only the node's own ends
+/// Bochs. With SVM the exit comes after the panic, which must not be fatal then; a triple fault of the node leaves a Bochs that stands still.
+fn triple_faults_panic(model: &str) -> bool {
+    !["athlon64_", "turion64_", "phenom_", "zambezi", "trinity_", "ryzen"]
+        .iter()
+        .any(|amd| model.starts_with(amd))
 }
 
 /// A port of 127.0.0.1 nobody has now. Bochs cannot be told to take any.
@@ -261,6 +274,13 @@ mod tests {
         );
         assert!(config(&machine(Network::Silent), "ryzen").contains("ethmod=null"));
         assert!(!config(&machine(Network::None), "ryzen").contains("e1000"));
+    }
+
+    #[test]
+    fn a_guests_triple_fault_ends_no_bochs() {
+        let text = |model: &str| config(&machine(Network::None), model);
+        assert!(text("ryzen").contains("panic: action=fatal, cpu0=report\n"));
+        assert!(text("corei7_haswell_4770").contains("panic: action=fatal\n"));
     }
 
     #[test]

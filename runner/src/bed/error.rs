@@ -52,7 +52,7 @@ impl fmt::Display for BedError {
             BedError::Model { given, known } => {
                 write!(f, "Bochs has no CPU model {given}; give bochs:MODEL with one of {}", known.join(", "))
             }
-            BedError::Unsupported(bed, what) => write!(f, "the bed {bed} cannot do that: {what}"),
+            BedError::Unsupported(bed, what) => write!(f, "not in {bed}: {what}"),
             BedError::PortTaken(port) => {
                 write!(f, "port {port} of 127.0.0.1 cannot be had; leave out --port to get any that is free")
             }

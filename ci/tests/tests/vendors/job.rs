@@ -51,10 +51,10 @@ fn the_same_job_gives_the_same_result_and_log() {
     let of = |stream: &str| -> String {
         OUTPUT.iter().filter(|(to, _)| *to == stream).map(|(_, text)| *text).collect()
     };
-    assert_eq!(String::from_utf8_lossy(&finished.stdout), of("stdout"));
-    assert_eq!(String::from_utf8_lossy(&finished.stderr), of("stderr"));
     let job = &finished.job;
     assert_eq!((job.conclusion, job.exit_code), (Some(Conclusion::Failure), Some(7)), "{job:?}");
+    assert_eq!(String::from_utf8_lossy(&finished.stdout), of("stdout"));
+    assert_eq!(String::from_utf8_lossy(&finished.stderr), of("stderr"));
     use StepConclusion::{Failure, Skipped, Success};
     let conclusions: Vec<StepConclusion> = job.steps.iter().filter_map(|step| step.conclusion).collect();
     assert_eq!(conclusions, [Success, Success, Success, Failure, Skipped, Success, Success]);
