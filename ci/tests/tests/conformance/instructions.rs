@@ -1,11 +1,12 @@
 //! Single instructions whose behaviour the hypervisor decides: those of the virtualization extensions, caches, time, XSETBV.
 
 use crate::cpuid::{if_feature, with_xsave};
-use crate::{is_emulated_by_qemu, run, run_to_any_end};
+use crate::{image, is_emulated_by_qemu, node, run, run_to_any_end};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
+use nestling::client::types::Status;
 use nestling_machine::layout::{BOOT_PAGE_TABLES, BOOT_PARAMS};
-use nestling_tests::bare::{Asm, Facts, Guest, Outcome, Program, layout};
+use nestling_tests::bare::{self, Asm, Facts, Guest, Outcome, Program, layout};
 
 /// This file's guests.
 pub(crate) const GUESTS: &[(&str, Program)] = &[
@@ -18,6 +19,7 @@ pub(crate) const GUESTS: &[(&str, Program)] = &[
     ("tsc-disable", tsc_disable),
     ("rdpmc", rdpmc),
     ("monitor", monitor),
+    ("hlt-often", hlt_often),
     ("xsetbv", xsetbv),
     ("xsetbv-user", xsetbv_at_user_privilege),
     ("xsetbv-without-osxsave", xsetbv_without_osxsave),
@@ -201,6 +203,23 @@ fn monitor(guest: &mut Guest) -> Asm {
     })
 }
 
+/// Waits thousands of times for a timer that fires at about the time of the HLT.
+fn hlt_often(guest: &mut Guest) -> Asm {
+    let mut again = guest.create_label();
+    guest.enable_apic()?;
+    guest.mov(r12d, HALTS as u32)?;
+    guest.set_label(&mut again)?;
+    guest.timer(0x60, 0, 1)?;
+    guest.sti()?;
+    guest.hlt()?;
+    guest.cli()?;
+    guest.dec(r12d)?;
+    guest.jne(again)?;
+    guest.record_count("interrupts")
+}
+
+const HALTS: u64 = 5000;
+
 /// Reports XCR0.
 fn xcr0(guest: &mut Guest, name: &str) -> Asm {
     guest.xor(ecx, ecx)?;
@@ -354,6 +373,18 @@ fn monitor_and_mwait_are_undefined() {
     for name in ["monitor", "mwait", "user-monitor", "user-mwait"] {
         facts.assert_fault(name, UD, 0);
     }
+}
+
+#[test]
+fn a_timer_wakes_hlt_however_busy_the_node_is() {
+    let node = node();
+    let started = bare::start(node, &image("hlt-often"));
+    let runs = || node.client().job(&started.id).is_ok_and(|job| job.status != Status::Completed);
+    // Each request interrupts the guest a few times, now and then between STI and HLT.
+    std::thread::scope(|scope| (0..3).for_each(|_| drop(scope.spawn(|| while runs() {}))));
+    let facts = bare::finish(node, &started);
+    facts.assert_finished();
+    facts.assert("interrupts", HALTS);
 }
 
 fn has_xsave(facts: &Facts) -> bool {

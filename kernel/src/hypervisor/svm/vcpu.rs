@@ -6,7 +6,7 @@ use super::enter::enter;
 use super::nmi::{Delivery, Nmi};
 use super::permission_maps::PermissionMaps;
 use super::vmcb::{self, Vmcb, exit_code, intercept1, intercept2};
-use crate::cpu::apic;
+use crate::cpu::{apic, clock};
 use crate::hypervisor::backend::VendorVcpu;
 use crate::hypervisor::exit::Exit;
 use crate::memory::heap::Pages;
@@ -33,6 +33,12 @@ const DEBUG_EXCEPTION: u8 = 1;
 const ALIGNMENT_CHECK: u8 = 17;
 const MACHINE_CHECK: u8 = 18;
 
+/// How long a guest may first run whose next instruction is in an interrupt shadow while an interrupt waits: long enough for that
+/// instruction; with each exit that comes before it all the same, twice as long.
+const SHADOW_NS: u64 = 20_000;
+/// How many exits in a row are believed to have come before the same instruction.
+const SHADOW_EXITS: u8 = 9;
+
 /// A vCPU's VMCB and what the VMCB does not hold.
 pub struct SvmVcpu {
     vmcb: Pages,
@@ -42,6 +48,10 @@ pub struct SvmVcpu {
     nmi: Nmi,
     /// What waits for the guest to be entered wants it to be left again as soon as possible.
     hurry: bool,
+    /// Where the instruction in the shadow of STI or MOV SS stands, when the last exit came before it, and how many exits have.
+    shadow: Option<(u64, u8)>,
+    /// An interrupt waits for that instruction.
+    shadow_pending: bool,
     nrip_save: bool,
     /// RIP after the exiting instruction, where this exit gave it.
     next_rip: Option<u64>,
@@ -65,6 +75,8 @@ impl SvmVcpu {
             accepted: None,
             nmi: Nmi::new(),
             hurry: false,
+            shadow: None,
+            shadow_pending: false,
             nrip_save,
             next_rip: None,
             maps,
@@ -153,6 +165,23 @@ impl SvmVcpu {
             self.accepted = self.offered.take();
             self.block_mut().int_control &= !vmcb::V_IRQ;
         }
+    }
+
+    /// Notes an interrupt shadow for QEMU 7.2, which saves it at an exit and forgets it at the next entry: a second exit before the same
+    /// instruction does not show it any more. After many of them the instruction has run, and is a jump to itself.
+    fn keep_interrupt_shadow(&mut self) {
+        // Real processors remember it by themselves. Those without NRIP save do no worse by this.
+        if self.nrip_save {
+            return;
+        }
+        let rip = self.registers.rip;
+        let exits = match self.shadow {
+            Some((at, exits)) if at == rip => exits + 1,
+            _ => 0,
+        };
+        let shadowed = self.block().interrupt_shadow & 1 != 0 || exits > 0;
+        self.shadow = (shadowed && exits < SHADOW_EXITS).then_some((rip, exits));
+        self.block_mut().interrupt_shadow = self.shadow.is_some().into();
     }
 
     /// Delivers a pending NMI when nothing stands before it.
@@ -327,6 +356,7 @@ impl VendorVcpu for SvmVcpu {
     }
 
     fn clear_interrupt_shadow(&mut self) {
+        self.shadow = None;
         self.block_mut().interrupt_shadow = 0;
     }
 
@@ -356,6 +386,7 @@ impl VendorVcpu for SvmVcpu {
         self.deliver_nmi();
         let open = self.registers.rflags & RFLAGS_IF != 0;
         self.offered = None;
+        self.shadow_pending = false;
         let b = self.block_mut();
         b.int_control &= !vmcb::V_IRQ;
         b.intercept_cr &= !vmcb::INTERCEPT_CR8_WRITE;
@@ -370,13 +401,20 @@ impl VendorVcpu for SvmVcpu {
         // While one waits, CR8 is not to change without our knowledge: QEMU compares priorities otherwise than the processor, and ends
         // when a guest writes CR8 with a virtual interrupt pending.
         b.intercept_cr |= vmcb::INTERCEPT_CR8_WRITE;
-        if unmasked {
-            // The processor delivers it when the guest opens the window: no exit just for that.
-            b.int_control =
-                b.int_control & !vmcb::V_INTR_PRIO | vmcb::V_IRQ | priority << vmcb::V_INTR_PRIO_SHIFT;
-            b.int_vector = u32::from(vector.0);
-            self.offered = Some(vector);
+        if !unmasked {
+            return;
         }
+        if open && self.shadow.is_some() {
+            // After the next instruction. A virtual interrupt would come before it, and if it is a HLT, that would wait for what has come.
+            self.shadow_pending = true;
+            return;
+        }
+        let b = self.block_mut();
+        // The processor delivers it when the guest opens the window: no exit just for that.
+        b.int_control =
+            b.int_control & !vmcb::V_INTR_PRIO | vmcb::V_IRQ | priority << vmcb::V_INTR_PRIO_SHIFT;
+        b.int_vector = u32::from(vector.0);
+        self.offered = Some(vector);
     }
 
     fn take_accepted(&mut self) -> Option<Vector> {
@@ -395,7 +433,9 @@ impl VendorVcpu for SvmVcpu {
     fn unload(&mut self) {}
 
     fn arm(&mut self, due: Option<RangeInclusive<u64>>) {
-        apic::timer_arm(due.map(|due| *due.end()));
+        let exits = self.shadow.filter(|_| self.shadow_pending).map(|(_, exits)| exits);
+        let soon = exits.map(|exits| clock::now_ns().saturating_add(SHADOW_NS << exits));
+        apic::timer_arm(due.map(|due| *due.end()).into_iter().chain(soon).min());
     }
 
     fn accesses(&self) -> u64 {
@@ -423,6 +463,7 @@ impl VendorVcpu for SvmVcpu {
         self.registers.rip = rip;
         self.registers.rflags = rflags;
         self.block_mut().tlb_control = 0;
+        self.keep_interrupt_shadow();
         self.keep_interrupted_event();
         self.exit()
     }
