@@ -4,15 +4,19 @@
 //! `NESTLING_BED`. What is expected comes from the manuals: Intel SDM, AMD APM.
 
 mod bad_guests;
+mod control_registers;
 mod cpuid;
+mod deliveries;
 mod exceptions;
 mod instructions;
 mod interrupts;
 mod mmio;
 mod modes;
 mod msrs;
+mod nmi;
 mod ports;
 mod state;
+mod timer;
 
 use nestling::bed::{BedBuilder, RunningBed};
 use nestling_tests::bare::{self, Facts, Program};
@@ -23,15 +27,19 @@ use std::path::PathBuf;
 /// The guests of all files.
 const GUESTS: &[&[(&str, Program)]] = &[
     bad_guests::GUESTS,
+    control_registers::GUESTS,
     cpuid::GUESTS,
+    deliveries::GUESTS,
     exceptions::GUESTS,
     instructions::GUESTS,
     interrupts::GUESTS,
     mmio::GUESTS,
     modes::GUESTS,
     msrs::GUESTS,
+    nmi::GUESTS,
     ports::GUESTS,
     state::GUESTS,
+    timer::GUESTS,
 ];
 
 /// The node that runs them.
