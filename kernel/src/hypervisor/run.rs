@@ -301,8 +301,10 @@ impl<B: Backend> Machine<B> {
         let bytes = bytes.get(..usize::from(length)).unwrap_or(bytes);
         let rip = self.hardware.rip();
         let exit = self.last_exit;
-        self.end =
-            Some(End::Unsupported(format!("the instruction {bytes:02x?} at {rip:#x} after {exit:x?}")));
+        self.end = Some(End::Unsupported(match bytes {
+            [] => format!("code where no memory is, at {rip:#x}"),
+            bytes => format!("the instruction {bytes:02x?} at {rip:#x} after {exit:x?}"),
+        }));
     }
 
     fn cpuid(&mut self, node: &mut Node<'_>) {
