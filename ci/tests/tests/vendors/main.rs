@@ -53,7 +53,15 @@ fn bundle_path() -> PathBuf {
 
 /// The node of this binary's tests.
 fn node() -> &'static RunningBed {
-    let node = NODE.get();
-    let _ = std::fs::remove_file(bundle_path());
-    node
+    let _bundle = Bundle;
+    NODE.get()
+}
+
+/// The file with the images, which goes when the node has read it or has failed to.
+struct Bundle;
+
+impl Drop for Bundle {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(bundle_path());
+    }
 }
