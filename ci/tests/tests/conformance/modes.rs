@@ -3,6 +3,7 @@
 //! Intel SDM vol. 3, 2.5 (control registers), 10.8.5 (into long mode), 10.9 (into protected and real mode), 21 (8086 emulation), 5.4
 //! (PAE paging); AMD APM vol. 2, 14.6-14.8.
 
+use crate::exceptions::assert_goes_on_until_cancelled;
 use crate::{is_emulated_by_qemu, run};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
@@ -10,13 +11,14 @@ use nestling_machine::layout::{BOOT_PAGE_TABLES, IOAPIC_BASE};
 use nestling_tests::bare::{Asm, Guest, Program, gdt, layout, msr};
 
 /// This file's guests.
-pub(crate) const GUESTS: &[(&str, Program)] = &[("all-modes", all_modes)];
-
+pub(crate) const GUESTS: &[(&str, Program)] = &[("all-modes", all_modes), ("alignment-loop", alignment_loop)];
 
 const CR0_PE: u32 = 1 << 0;
+const CR0_AM: u32 = 1 << 18;
 const CR0_PG: u32 = 1 << 31;
 const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
+const EFLAGS_AC: u32 = 1 << 18;
 const EFLAGS_VM: u32 = 1 << 17;
 
 /// Where the parts of the journey are, below 1 MiB, those in 16-bit code below 64 KiB. Each part is at an address of its own, so that
@@ -42,6 +44,7 @@ mod place {
     pub(super) const PROTECTED: u64 = 0x3_0400;
     pub(super) const FROM_VIRTUAL_8086: u64 = 0x3_0800;
     pub(super) const PAE: u64 = 0x3_0C00;
+    pub(super) const USER: u64 = 0x3_1000;
     pub(super) const PROTECTED_STACK: u32 = 0x3_3000;
     pub(super) const PROTECTED_IDT: u32 = 0x3_4000;
     /// A 32-bit TSS with a map that permits all ports.
@@ -465,4 +468,46 @@ fn a_segment_keeps_its_limit_in_real_mode() {
 #[test]
 fn virtual_8086_mode_is_left_by_a_gate() {
     run("all-modes").assert_that("virtual-flags", "EFLAGS.VM", |flags| flags & u64::from(EFLAGS_VM) != 0);
+}
+
+/// In protected mode, #AC has a handler at the privilege it happens at, and the stack is misaligned: its delivery raises the next
+/// (CVE-2015-5307).
+fn alignment_loop(guest: &mut Guest) -> Asm {
+    tables(guest)?;
+    // A 32-bit interrupt gate to code of CPL 3.
+    let gate =
+        u64::from(gdt::USER_CODE32) << 16 | place::USER & 0xFFFF | 0xEE00 << 32 | (place::USER >> 16) << 48;
+    guest.mov(rax, gate)?;
+    guest.mov(qword_ptr(place::PROTECTED_IDT + 17 * 8), rax)?;
+    put(guest, 32, place::COMPATIBILITY, |a| {
+        load_data_segments(a, gdt::DATA.into())?;
+        a.mov(esp, place::PROTECTED_STACK)?;
+        a.mov(eax, cr0)?;
+        a.and(eax, !CR0_PG as i32)?;
+        a.or(eax, CR0_AM as i32)?;
+        a.mov(cr0, eax)?;
+        a.lidt(ptr(place::PROTECTED_IDTR))?;
+        a.mov(eax, u32::from(gdt::TSS))?;
+        a.ltr(ax)?;
+        // SS, ESP, EFLAGS, CS, EIP.
+        a.push(i32::from(gdt::USER_DATA))?;
+        a.push(place::PROTECTED_STACK as i32 - 0x7FF)?;
+        a.push((EFLAGS_AC | 2) as i32)?;
+        a.push(i32::from(gdt::USER_CODE32))?;
+        a.push(place::USER as i32)?;
+        a.iretd()
+    })?;
+    put(guest, 32, place::USER, |a| a.push(eax))?;
+    guest.push(i32::from(gdt::CODE32))?;
+    guest.push(place::COMPATIBILITY as i32)?;
+    guest.db(&[0x48, 0xCB])
+}
+
+#[test]
+fn a_loop_of_alignment_checks_harms_nobody_else() {
+    if is_emulated_by_qemu() {
+        // QEMU does not check alignment.
+        return;
+    }
+    assert_goes_on_until_cancelled("alignment-loop", "exception");
 }
