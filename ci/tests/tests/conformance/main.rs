@@ -11,6 +11,7 @@ mod exceptions;
 mod instructions;
 mod interrupts;
 mod mmio;
+mod mmio_modify;
 mod modes;
 mod msrs;
 mod nmi;
@@ -34,6 +35,7 @@ const GUESTS: &[&[(&str, Program)]] = &[
     instructions::GUESTS,
     interrupts::GUESTS,
     mmio::GUESTS,
+    mmio_modify::GUESTS,
     modes::GUESTS,
     msrs::GUESTS,
     nmi::GUESTS,
