@@ -82,7 +82,9 @@ fn is_emulated_by_qemu() -> bool {
 
 /// Whether the processor is Bochs' emulation of SVM. A test that accepts its peculiarities says which.
 fn is_svm_in_bochs() -> bool {
-    std::env::var("NESTLING_BED").is_ok_and(|bed| ["bochs:ryzen", "bochs:phenom"].contains(&bed.as_str()))
+    let models = ["ryzen", "phenom_8650_toliman", "zambezi", "trinity_apu"];
+    std::env::var("NESTLING_BED")
+        .is_ok_and(|bed| bed.strip_prefix("bochs:").is_some_and(|model| models.contains(&model)))
 }
 
 /// Runs a guest, however it ends.
