@@ -11,6 +11,9 @@ use crate::cli::NodeOptions;
 
 /// How long a node may be silent on a connection, in QEMU.
 const SILENCE: Duration = Duration::from_secs(60);
+/// How long a node in Bochs is given to answer at first, and how often.
+const WAKE_PATIENCE: Duration = Duration::from_secs(2);
+const WAKE_TRIES: u32 = 3;
 /// Jobs asked for at once.
 const PAGE: u32 = 100;
 /// Length of a whole job ID.
@@ -37,6 +40,10 @@ impl Target {
         }
         let client = Client::new(&node.url, node.token.as_deref())?;
         let client = client.with_silence_limit(SILENCE * node.bed.slowness());
+        if !node.bed.is_qemu() {
+            // Bochs' user network loses the first connection to a node that has idled for half a minute, and only that one.
+            let _ = (0..WAKE_TRIES).find(|_| client.ready_within(WAKE_PATIENCE).is_ok());
+        }
         Ok(Target { client, local: Some(node) })
     }
 }
