@@ -118,6 +118,10 @@ impl NestedEntry for TestEntry {
         physical | 3
     }
 
+    fn read_only_leaf(physical: u64) -> u64 {
+        physical | 5
+    }
+
     fn is_present(entry: u64) -> bool {
         entry & 1 != 0
     }
@@ -128,8 +132,13 @@ impl NestedEntry for TestEntry {
 }
 
 fn walk(root: u64, at: u64) -> Option<u64> {
+    walk_to(root, at, 1)
+}
+
+/// Where the entry of `last` level (0 maps 4 KiB, 1 maps 2 MiB) leads.
+fn walk_to(root: u64, at: u64, last: u64) -> Option<u64> {
     let mut table = root;
-    for level in [3, 2, 1] {
+    for level in (last..=3).rev() {
         // SAFETY: the table's frames come from `pool_of`.
         let entry = unsafe { *((table + (at >> (12 + 9 * level) & 511) * 8) as *const u64) };
         if !TestEntry::is_present(entry) {
@@ -154,6 +163,25 @@ fn a_nested_table_maps_what_it_was_told_and_nothing_else_and_gives_its_frames_ba
     }
     table.free(&mut pool);
     pool.free_large(frame);
+    assert_eq!(pool.counts(), before);
+}
+
+#[test]
+fn a_nested_table_shows_a_small_page_and_takes_it_away_again() {
+    let mut pool = pool_of(4);
+    let before = pool.counts();
+    let mut table = NestedTable::<TestEntry>::new(&mut pool).unwrap();
+    let (page, other) = (pool.small().unwrap(), pool.small().unwrap());
+    let at = 0xE000_8000;
+    assert!(table.map_read_only(GuestPhysAddr(at), page.address(), &mut pool));
+    assert!(table.map_read_only(GuestPhysAddr(at + 0x1000), other.address(), &mut pool));
+    assert_eq!(walk_to(table.root(), at, 0), Some(page.address()));
+    table.unmap(GuestPhysAddr(at), &mut pool);
+    assert_eq!(walk_to(table.root(), at, 0), None);
+    assert_eq!(walk_to(table.root(), at + 0x1000, 0), Some(other.address()));
+    table.free(&mut pool);
+    pool.free_small(page);
+    pool.free_small(other);
     assert_eq!(pool.counts(), before);
 }
 

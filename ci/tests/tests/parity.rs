@@ -30,7 +30,13 @@ fn vmx_takes_at_most_a_few_more_exits_than_svm_and_8_accesses_to_the_vmcs_each()
     let (svm_exits, vmx_exits) = (total(&svm), total(&vmx));
     println!("svm: {svm_exits} exits {:?}", svm.exits);
     println!("vmx: {vmx_exits} exits {:?}, {accesses} VMCS accesses", vmx.exits);
-    assert!(vmx_exits > 0 && vmx_exits * 100 <= svm_exits * MOST_PERCENT, "{vmx_exits} exits, {svm_exits} on SVM");
-    assert!(accesses > 0 && accesses <= vmx_exits * MOST_ACCESSES, "{accesses} accesses in {vmx_exits} exits");
+    assert!(
+        vmx_exits > 0 && vmx_exits * 100 <= svm_exits * MOST_PERCENT,
+        "{vmx_exits} exits, {svm_exits} on SVM"
+    );
+    assert!(
+        accesses > 0 && accesses <= vmx_exits * MOST_ACCESSES,
+        "{accesses} accesses in {vmx_exits} exits"
+    );
     assert_eq!(svm.vmcs_accesses, None, "a VMCB is plain memory");
 }

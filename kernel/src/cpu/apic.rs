@@ -145,7 +145,8 @@ pub fn timer_fired() {
 
 /// Makes the timer fire at `deadline` (ns since boot), or not at all. Early firings are possible: look at the clock.
 pub fn timer_arm(deadline: Option<u64>) {
-    let target = deadline.unwrap_or(0);
+    // Zero means off.
+    let target = deadline.map_or(0, |deadline| deadline.max(1));
     let now = clock::now_ns();
     let armed = ARMED.load(Ordering::Relaxed);
     if armed == target && (armed == 0 || armed > now) {

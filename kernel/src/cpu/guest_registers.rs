@@ -1,4 +1,4 @@
-//! Registers of a core that only guests use, and that neither vendor's control block holds: DR0-DR3 and TSC_AUX.
+//! Registers of a core that only guests use, and that not every vendor's control block holds: DR0-DR3, TSC_AUX, CR2.
 //!
 //! Intel SDM vol. 3, 18.2 (debug registers), 17.17 (TSC_AUX); AMD APM vol. 2, 13.1.1.
 
@@ -31,6 +31,20 @@ impl BreakpointAddresses {
         }
         self.0 = [dr0, dr1, dr2, dr3];
     }
+}
+
+/// The guest's CR2, where no control block switches it.
+pub fn read_cr2() -> u64 {
+    let value: u64;
+    // SAFETY: reads a register.
+    unsafe { asm!("mov {}, cr2", out(reg) value, options(nomem, nostack, preserves_flags)) };
+    value
+}
+
+/// Sets CR2.
+pub fn load_cr2(value: u64) {
+    // SAFETY: L1 has no page fault that it goes on from, so nothing reads its own CR2.
+    unsafe { asm!("mov cr2, {}", in(reg) value, options(nomem, nostack, preserves_flags)) };
 }
 
 /// Sets TSC_AUX, where the processor has it.

@@ -23,7 +23,16 @@ const DEVICE_STEP: u64 = 8 * SMALL_FRAME;
 
 /// The pages of functions that exist, by their offset in ECAM.
 pub struct ConfigSpace {
-    pages: Vec<(u64, SmallFrame)>,
+    pages: Vec<Page>,
+}
+
+/// A function's page.
+struct Page {
+    /// Offset in ECAM.
+    offset: u64,
+    frame: SmallFrame,
+    /// The guest reads it; otherwise its reads are emulated, for good: no driver that sets the window to the BARs up gives it up again.
+    is_mapped: bool,
 }
 
 const fn guest_address(offset: u64) -> GuestPhysAddr {
@@ -57,7 +66,7 @@ impl ConfigSpace {
                 let Some(frame) = frames.small() else { return false };
                 show(&frame, bytes);
                 let mapped = table.map_read_only(guest_address(offset), frame.address(), frames);
-                self.pages.push((offset, frame));
+                self.pages.push(Page { offset, frame, is_mapped: true });
                 mapped
             }
         })
@@ -71,21 +80,21 @@ impl ConfigSpace {
         vcpu: &mut B::Vcpu,
         frames: &mut FramePool,
     ) {
-        for (offset, frame) in &self.pages {
-            if let ConfigPage::Bytes(bytes) = platform.config_page(*offset) {
-                show(frame, bytes);
+        for page in self.pages.iter_mut().filter(|page| page.is_mapped) {
+            if let ConfigPage::Bytes(bytes) = platform.config_page(page.offset) {
+                show(&page.frame, bytes);
             } else {
-                // For good: no driver that sets the window to the BARs up gives it up again.
-                table.unmap(guest_address(*offset), frames);
+                table.unmap(guest_address(page.offset), frames);
                 vcpu.flush();
+                page.is_mapped = false;
             }
         }
     }
 
     /// Gives the frames back. The vCPUs that read them are gone.
     pub fn free(self, frames: &mut FramePool) {
-        for (_, frame) in self.pages {
-            frames.free_small(frame);
+        for page in self.pages {
+            frames.free_small(page.frame);
         }
     }
 }

@@ -179,7 +179,9 @@ impl<B: Backend> Fleet<B> {
             self.switch_to(position);
             // Another machine's timer is a reason to stop this one.
             let others = self.machines.iter().enumerate().filter(|(other, _)| *other != position);
-            let wake = others.filter_map(|(_, (_, machine))| machine.deadline_ns()).chain(deadline).min();
+            // Not before this one has had its slice: a timer that is always late must not starve it.
+            let others = others.filter_map(|(_, (_, machine))| machine.deadline_ns());
+            let wake = others.map(|wake| wake.max(earliest)).chain(deadline).min();
             let Some((_, machine)) = self.machines.get_mut(position) else { continue };
             let mut node =
                 Node { pool: &mut self.pool, entropy: self.entropy.as_mut(), deadline: wake, earliest };

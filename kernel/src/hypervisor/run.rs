@@ -132,9 +132,8 @@ impl<B: Backend> Machine<B> {
         self.hardware.arm(due);
         barriers::before_entry();
         let exit = self.hardware.run();
-        if let Exit::Interrupt = exit {
-            cpu::take_interrupts();
-        }
+        // After every exit: a guest can see to it that each of its runs ends by another before an interrupt gets its turn.
+        cpu::take_interrupts();
         self.last_exit = Some(exit);
         self.exits.count(exit.kind());
         self.vcpu.after_exit(&mut RamView { ram: &mut self.ram, pool: node.pool });
@@ -265,6 +264,9 @@ impl<B: Backend> Machine<B> {
 
     /// The exited instruction is done: the next one is at `next`.
     fn complete(&mut self, next: u64) {
+        // Beyond 4 GiB code that is not 64-bit starts over.
+        let crosses = (self.hardware.rip() ^ next) >> 32 != 0;
+        let next = if crosses { emulate::wrap_instruction_pointer(&self.hardware, next) } else { next };
         self.hardware.set_rip(next);
         self.hardware.clear_interrupt_shadow();
         let rflags = self.hardware.rflags();
@@ -450,7 +452,13 @@ impl<B: Backend> Machine<B> {
         match emulation {
             Emulation::Done => self.hardware.clear_interrupt_shadow(),
             Emulation::Partial => {}
-            Emulation::Fault(exception) => self.raise(exception),
+            Emulation::Fault(exception) => {
+                if exception == DEBUG {
+                    // The single step's trap: the instruction is done.
+                    self.hardware.clear_interrupt_shadow();
+                }
+                self.raise(exception);
+            }
             Emulation::Unsupported { bytes, length } => self.unsupported(&bytes, length),
             Emulation::Memory(error) => self.stop(Stop::Memory(error)),
         }

@@ -23,6 +23,7 @@ pub(crate) const GUESTS: &[(&str, Program)] = &[
     ("serial-faults", serial_faults),
     ("alignment-check", alignment_check),
     ("debug-loop", debug_loop),
+    ("debug-stack-loop", debug_stack_loop),
     ("exit-storm", exit_storm),
 ];
 
@@ -215,11 +216,15 @@ fn single_step_shadow(guest: &mut Guest) -> Asm {
         ("mov-ss-nop", (|guest| guest.nop()) as fn(&mut Guest) -> Asm),
         ("mov-ss-cpuid", |guest| guest.cpuid()),
         ("mov-ss-out", |guest| guest.out(0x80, al)),
+        ("mov-ss-mmio", |guest| guest.mov(r8d, dword_ptr(r9))),
+        ("mov-ss-fresh-ram", |guest| guest.mov(r8d, dword_ptr(r10))),
     ] {
         let mut after = guest.create_label();
         guest.mov(qword_ptr(TRAPS), 0)?;
         guest.xor(eax, eax)?;
         guest.mov(ebx, u32::from(gdt::DATA))?;
+        guest.mov(r9, IOAPIC_BASE)?;
+        guest.mov(r10, layout::FRESH[0])?;
         set_trap_flag(guest)?;
         guest.mov(ss, ebx)?;
         step(guest)?;
@@ -233,7 +238,7 @@ fn single_step_shadow(guest: &mut Guest) -> Asm {
 #[test]
 fn mov_ss_holds_a_single_step_back_for_one_instruction() {
     let facts = run("single-step-shadow");
-    for name in ["mov-ss-nop", "mov-ss-cpuid", "mov-ss-out"] {
+    for name in ["mov-ss-nop", "mov-ss-cpuid", "mov-ss-out", "mov-ss-mmio", "mov-ss-fresh-ram"] {
         assert_trap(&facts, name, 1, DR6_BS, RFLAGS_TF);
     }
 }
@@ -534,6 +539,32 @@ fn debug_loop(guest: &mut Guest) -> Asm {
 fn a_loop_of_debug_exceptions_harms_nobody_else() {
     if has_breakpoints() {
         assert_goes_on_until_cancelled("debug-loop", "exception");
+    }
+}
+
+/// A breakpoint on the stack of #DB's own handler: every delivery writes there and raises the next before the handler's first
+/// instruction, so that no run ends for another reason.
+fn debug_stack_loop(guest: &mut Guest) -> Asm {
+    let (mut handler, mut begin) = (guest.create_label(), guest.create_label());
+    guest.jmp(begin)?;
+    guest.set_label(&mut handler)?;
+    guest.iretq()?;
+    guest.set_label(&mut begin)?;
+    guest.gate(DB as u8, handler, 1)?;
+    guest.mov(rax, layout::IST[0] - 8)?;
+    guest.mov(dr0, rax)?;
+    // Enabled; writes; eight bytes.
+    guest.mov(eax, 1 | 0b1001 << 16)?;
+    guest.mov(dr7, rax)?;
+    set_trap_flag(guest)?;
+    guest.nop()?;
+    guest.hlt()
+}
+
+#[test]
+fn a_loop_of_debug_exceptions_between_instructions_harms_nobody_else() {
+    if has_breakpoints() {
+        assert_goes_on_until_cancelled("debug-stack-loop", "exception");
     }
 }
 

@@ -227,7 +227,7 @@ const SECONDARY: Wish = Wish {
         control!(must be 1: secondary::WBINVD_EXITING = 6, "WBINVD exiting", "IA32_VMX_PROCBASED_CTLS2"),
         control!(must be 1: secondary::UNRESTRICTED_GUEST = 7, "unrestricted guest", "IA32_VMX_PROCBASED_CTLS2"),
     ],
-    optional: secondary::RDTSCP | secondary::VPID | secondary::INVPCID | secondary::XSAVES,
+    optional: secondary::RDTSCP | secondary::VPID | secondary::INVPCID,
     never: &[control!(
         must be 0: secondary::DESCRIPTOR_TABLE_EXITING = 2, "descriptor-table exiting", "IA32_VMX_PROCBASED_CTLS2"
     )],

@@ -104,7 +104,6 @@ pub unsafe extern "sysv64" fn enter(registers: *mut Registers, host_rsp: *mut u6
         "pop r12",
         "pop rbx",
         "pop rbp",
-        "cld",
         "ret",
         forget = sym overwrite_return_predictions,
         host_rsp = const Field::HostRsp as u32,

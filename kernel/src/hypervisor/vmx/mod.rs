@@ -17,7 +17,6 @@ mod vmcs;
 
 use super::backend::Backend;
 use super::refusal::Refusal;
-use crate::cpu::clock;
 use crate::cpu::features::cpuid;
 use crate::memory::heap::Pages;
 use alloc::rc::Rc;
@@ -32,9 +31,6 @@ use x86_64::registers::control::{Cr0, Cr0Flags, Cr4, Cr4Flags};
 use x86_64::registers::model_specific::Msr;
 
 const FEATURE_CONTROL: u32 = 0x3A;
-
-/// How late the preemption timer may fire for having stood still during exits, less than what an interrupt through L0 costs.
-const TIMER_TOLERANCE_NS: u64 = 20_000;
 
 const LEAF7_EBX_INVPCID: u32 = 1 << 10;
 const LEAF7_ECX_RDPID: u32 = 1 << 22;
@@ -54,8 +50,6 @@ struct Shared {
     capabilities: Capabilities,
     controls: Controls,
     msr_bitmap: MsrBitmap,
-    /// How late the preemption timer may fire, in TSC ticks.
-    timer_tolerance: u64,
 }
 
 impl Shared {
@@ -67,21 +61,24 @@ impl Shared {
     fn forget_translations(&self, ept_pointer: u64, vpid: u16) {
         const SINGLE_CONTEXT: u64 = 1;
         const ALL_CONTEXTS: u64 = 2;
-        if self.capabilities.has_invept() {
-            let single = self.capabilities.has_single_context_invept();
-            let kind = if single { SINGLE_CONTEXT } else { ALL_CONTEXTS };
-            let descriptor = [ept_pointer, 0];
-            // SAFETY: the processor has the instruction and the kind; it only drops what can be found again.
-            unsafe { asm!("invept {}, [{}]", in(reg) kind, in(reg) &raw const descriptor, options(nostack)) };
+        let kind = if self.capabilities.has_single_context_invept() { SINGLE_CONTEXT } else { ALL_CONTEXTS };
+        let descriptor = [ept_pointer, 0];
+        let failed: u8;
+        // SAFETY: the processor has the instruction and the kind; it only drops what can be found again.
+        unsafe {
+            asm!("invept {}, [{}]", "setbe {}", in(reg) kind, in(reg) &raw const descriptor, out(reg_byte) failed, options(nostack));
         }
+        assert!(failed == 0, "INVEPT of {ept_pointer:#x} failed: machines would see each other's memory");
         if self.controls.secondary & secondary::VPID != 0 {
             let single = self.capabilities.has_single_context_invvpid();
             let kind = if single { SINGLE_CONTEXT } else { ALL_CONTEXTS };
             let descriptor = [u64::from(vpid), 0];
+            let failed: u8;
             // SAFETY: as above.
             unsafe {
-                asm!("invvpid {}, [{}]", in(reg) kind, in(reg) &raw const descriptor, options(nostack))
-            };
+                asm!("invvpid {}, [{}]", "setbe {}", in(reg) kind, in(reg) &raw const descriptor, out(reg_byte) failed, options(nostack));
+            }
+            assert!(failed == 0, "INVVPID of {vpid} failed: machines would see each other's memory");
         }
     }
 }
@@ -124,8 +121,7 @@ impl Backend for Vmx {
             });
         }
         let features = controls::features(&capabilities);
-        let timer_tolerance = clock::tsc_at(TIMER_TOLERANCE_NS).saturating_sub(clock::tsc_at(0));
-        let shared = Shared { capabilities, controls, msr_bitmap: MsrBitmap::new(), timer_tolerance };
+        let shared = Shared { capabilities, controls, msr_bitmap: MsrBitmap::new() };
         Ok(Self { features, shared: Rc::new(shared), _vmxon_region: region, next_vpid: 1 })
     }
 

@@ -30,8 +30,12 @@ impl Vmcs {
 
     fn clear(&self) {
         let address = self.region.physical();
+        let failed: u8;
         // SAFETY: the page is a VMCS region that `self` owns, and VMX is on as long as the kernel runs.
-        unsafe { asm!("vmclear [{}]", in(reg) &raw const address, options(nostack)) };
+        unsafe {
+            asm!("vmclear [{}]", "setbe {}", in(reg) &raw const address, out(reg_byte) failed, options(nostack))
+        };
+        assert!(failed == 0, "VMCLEAR of {address:#x} failed");
     }
 
     /// Makes it the core's current VMCS.
@@ -40,8 +44,12 @@ impl Vmcs {
         if CURRENT.load(Ordering::Relaxed) == address {
             return;
         }
+        let failed: u8;
         // SAFETY: as for `clear`, which has written the revision and state that the processor expects.
-        unsafe { asm!("vmptrld [{}]", in(reg) &raw const address, options(nostack)) };
+        unsafe {
+            asm!("vmptrld [{}]", "setbe {}", in(reg) &raw const address, out(reg_byte) failed, options(nostack))
+        };
+        assert!(failed == 0, "VMPTRLD of {address:#x} failed");
         CURRENT.store(address, Ordering::Relaxed);
     }
 

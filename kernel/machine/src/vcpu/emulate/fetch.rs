@@ -54,6 +54,11 @@ impl CodeSize {
     }
 }
 
+/// An instruction pointer, cut to the size of the code that runs.
+pub fn wrap_instruction_pointer(state: &dyn CpuState, rip: u64) -> u64 {
+    CodeSize::of(state).wrap(rip)
+}
+
 /// The bytes at the instruction pointer.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Window {

@@ -19,7 +19,7 @@ use execute::Progress;
 use fetch::CodeSize;
 use operands::Machine;
 
-pub use fetch::{instruction_length, prepare, source_register};
+pub use fetch::{instruction_length, prepare, source_register, wrap_instruction_pointer};
 pub use translate::{Access, translate};
 
 /// What an instruction's operands reach.
