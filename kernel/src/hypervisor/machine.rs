@@ -90,6 +90,7 @@ pub struct Machine<B: Backend> {
     pub(super) memory_mib: u32,
     pub(super) exits: ExitCounts,
     pub(super) last_exit: Option<Exit>,
+    pub(super) exceptions_in_a_row: u32,
 }
 
 impl<B: Backend> Machine<B> {
@@ -140,6 +141,7 @@ impl<B: Backend> Machine<B> {
             memory_mib,
             exits: ExitCounts::default(),
             last_exit: None,
+            exceptions_in_a_row: 0,
         };
         if machine.map_backed(pool) && machine.map_config_space(pool) {
             Ok(machine)

@@ -27,6 +27,9 @@ const RFLAGS_RF: u64 = 1 << 16;
 /// #DB; why is said in DR6.
 const DEBUG: Exception = Exception { vector: Vector(1), error_code: None, cr2: None };
 
+/// See [`Machine::take_interrupts`].
+const MANY_EXCEPTIONS: u32 = 16;
+
 /// See [`Machine::timer_slack_ns`].
 const BOOT_TIMER_SLACK_NS: u64 = 20_000_000;
 
@@ -132,8 +135,7 @@ impl<B: Backend> Machine<B> {
         self.hardware.arm(due);
         barriers::before_entry();
         let exit = self.hardware.run();
-        // After every exit: a guest can see to it that each of its runs ends by another before an interrupt gets its turn.
-        cpu::take_interrupts();
+        self.take_interrupts(exit);
         self.last_exit = Some(exit);
         self.exits.count(exit.kind());
         self.vcpu.after_exit(&mut RamView { ram: &mut self.ram, pool: node.pool });
@@ -151,6 +153,19 @@ impl<B: Backend> Machine<B> {
                 let reception = self.vcpu.lapic.deliver_ipi(&ipi);
                 self.receive(reception);
             }
+        }
+    }
+
+    /// Takes the physical interrupts that ended the run. A guest can see to it that an exception ends each of its runs before an interrupt
+    /// gets its turn: many in a row are a reason to look.
+    fn take_interrupts(&mut self, exit: Exit) {
+        self.exceptions_in_a_row = match exit {
+            Exit::Exception(_) | Exit::Int1 => self.exceptions_in_a_row + 1,
+            _ => 0,
+        };
+        if matches!(exit, Exit::Interrupt) || self.exceptions_in_a_row >= MANY_EXCEPTIONS {
+            self.exceptions_in_a_row = 0;
+            cpu::take_interrupts();
         }
     }
 

@@ -46,8 +46,8 @@ pub struct SvmVcpu {
     offered: Option<Vector>,
     accepted: Option<Vector>,
     nmi: Nmi,
-    /// What waits for the guest to be entered wants it to be left again as soon as possible.
-    hurry: bool,
+    /// What waits for the guest to be entered wants it to be left again as soon as possible; how many exits have not been enough.
+    hurry: Option<u8>,
     /// Where the instruction in the shadow of STI or MOV SS stands, when the last exit came before it, and how many exits have.
     shadow: Option<(u64, u8)>,
     /// An interrupt waits for that instruction.
@@ -74,7 +74,7 @@ impl SvmVcpu {
             offered: None,
             accepted: None,
             nmi: Nmi::new(),
-            hurry: false,
+            hurry: None,
             shadow: None,
             shadow_pending: false,
             nrip_save,
@@ -189,7 +189,10 @@ impl SvmVcpu {
         let (mut nmi, mut registers) = (self.nmi, self.registers);
         let delivery = nmi.deliver(self.block_mut(), registers.rip, &mut registers.rflags);
         (self.nmi, self.registers) = (nmi, registers);
-        self.hurry = delivery == Delivery::Soon;
+        self.hurry = match delivery {
+            Delivery::Soon => Some(self.hurry.map_or(0, |exits| (exits + 1).min(SHADOW_EXITS))),
+            Delivery::None => None,
+        };
     }
 
     fn exit(&mut self) -> Exit {
@@ -434,7 +437,8 @@ impl VendorVcpu for SvmVcpu {
 
     fn arm(&mut self, due: Option<RangeInclusive<u64>>) {
         let exits = self.shadow.filter(|_| self.shadow_pending).map(|(_, exits)| exits);
-        let soon = exits.map(|exits| clock::now_ns().saturating_add(SHADOW_NS << exits));
+        let waits = exits.into_iter().chain(self.hurry).min();
+        let soon = waits.map(|exits| clock::now_ns().saturating_add(SHADOW_NS << exits));
         apic::timer_arm(due.map(|due| *due.end()).into_iter().chain(soon).min());
     }
 
@@ -443,9 +447,6 @@ impl VendorVcpu for SvmVcpu {
     }
 
     fn run(&mut self) -> Exit {
-        if self.hurry {
-            apic::timer_arm(Some(0));
-        }
         let registers = self.registers;
         let b = self.block_mut();
         b.rax = registers.get(Gpr::Rax);
