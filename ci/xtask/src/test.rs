@@ -36,7 +36,7 @@ enum Stage {
     Docs,
     /// Tests that boot the kernel in QEMU, on AMD's SVM.
     Boot,
-    /// Tests that hold on every bed, on Intel's VMX in Bochs; and CPU models that must be refused.
+    /// Tests that hold on every bed, on Intel's VMX in Bochs; one whole job on its second SVM; CPU models that must be refused.
     Bochs,
     /// Tests that hold on every bed, on the one that was named.
     Bed,
@@ -224,7 +224,13 @@ fn stage_commands(
                 test.args(["--test", binary]);
             }
             test.arg("--").args(filters);
-            vec![test]
+            let mut commands = vec![test];
+            if filters.is_empty() {
+                let mut job = on_bed("bochs:ryzen", elf);
+                job.args(["--", "the_same_job"]);
+                commands.push(job);
+            }
+            commands
         }
         Stage::Bed => {
             let mut test = on_bed(bed, elf);

@@ -1,7 +1,7 @@
 //! A node in Bochs: its configuration files, and what its process tells from outside. Read Bochs' user manual, "bochsrc", first.
 //!
 //! Debian's Bochs is built with its debugger, so it waits for commands: a file tells it to go on. It has no virtio and no way to load a
-//! kernel: the node boots from a CD ([`boot_disk`]) and its network card is an e1000. All paths in its files are relative to the node's
+//! kernel: the node boots from a CD (`boot_disk.rs`) and its network card is an e1000. All paths in its files are relative to the node's
 //! directory, in which it runs, since the format knows no quotes.
 
 use std::fs;
