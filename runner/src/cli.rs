@@ -29,6 +29,7 @@ pub(crate) enum Command {
     Status(Status),
     Jobs(Jobs),
     Logs(Logs),
+    Connections(Connections),
     Cancel(Cancel),
 }
 
@@ -134,6 +135,8 @@ pub(crate) struct Down {
   nestling run -- uname -r
   nestling run -- sh -c 'uname -r; echo hi; exit 7'
   nestling run --env GREETING=hi --timeout 10m -- sh -c 'echo $GREETING; exit 7'
+  nestling run --egress '*.debian.org:80' --egress 192.0.2.7:22 -- ./fetch
+  nestling run --egress none -- make test
   nestling run --memory 512 -- dd if=/dev/zero of=/dev/null bs=1M count=100
 
 Exit code: the command's own (128+n when signal n killed it), or
@@ -155,6 +158,10 @@ pub(crate) struct Run {
     /// Set a variable; without =VALUE it is taken from the environment
     #[arg(long, short, value_name = "NAME[=VALUE]")]
     pub(crate) env: Vec<String>,
+    /// What the machine may reach: none, all, or a host (example.org), names below one (*.example.org), an address or a
+    /// network (10.0.0.0/8), with or without a port (:443); rules may be given again [default: all]
+    #[arg(long, value_name = "none|all|RULE")]
+    pub(crate) egress: Vec<String>,
     /// How long the job may run, such as 90, 90s, 10m or 2h [default: 1h]
     #[arg(long, value_name = "TIME", value_parser = nestling::duration::parse)]
     pub(crate) timeout: Option<Duration>,
@@ -229,6 +236,25 @@ pub(crate) struct Logs {
     /// Only the standard error
     #[arg(long)]
     pub(crate) stderr: bool,
+    #[command(flatten)]
+    pub(crate) node: NodeOptions,
+}
+
+/// Show whom a job's machine connected to, or tried to
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  nestling connections last
+  nestling connections --refused 4f1a30c
+  nestling connections --json last")]
+pub(crate) struct Connections {
+    /// The job's ID, the beginning of it, or `last`
+    pub(crate) id: String,
+    /// Only connections that were refused
+    #[arg(long, conflicts_with = "json")]
+    pub(crate) refused: bool,
+    /// Print them as JSON, as the node's API has them
+    #[arg(long)]
+    pub(crate) json: bool,
     #[command(flatten)]
     pub(crate) node: NodeOptions,
 }

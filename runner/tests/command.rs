@@ -126,6 +126,37 @@ fn a_machine_that_ends_is_a_system_failure_told_with_its_console() {
 }
 
 #[test]
+fn a_failed_job_with_refused_connections_says_where_to_see_them() {
+    let node = FakeNode::start();
+    let failed =
+        output(&node, &["run", "--egress", "example.org", "--", "sh", "-c", ": fake-connect; exit 6"]);
+    assert_eq!(failed.status.code(), Some(6));
+    let id = client(&node).jobs(&JobQuery::default()).unwrap().jobs[0].id.clone();
+    let help = format!("1 connection was refused; see it with `nestling connections {}`", &id[..12]);
+    assert!(text(&failed.stderr).contains(&help), "{}", text(&failed.stderr));
+    let all = text(&output(&node, &["connections", "last"]).stdout);
+    let lines: Vec<&str> = all.lines().collect();
+    assert!(lines[1].contains("example.org  192.0.2.7:443  517   4096      allowed"), "{all}");
+    assert!(lines[2].ends_with("refused: no egress rule allows it"), "{all}");
+    let refused = text(&output(&node, &["connections", "--refused", &id[..12]]).stdout);
+    assert!(refused.lines().count() == 2 && !refused.contains("example.org"), "{refused}");
+    let json = output(&node, &["connections", "--json", "last"]).stdout;
+    let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
+    assert_eq!((&json["total_count"], &json["connections"][1]["verdict"]), (&2.into(), &"refused".into()));
+}
+
+#[test]
+fn jobs_that_wait_are_shown_with_their_place() {
+    let node = FakeNode::start();
+    let client = client(&node);
+    for _ in 0..3 {
+        client.create_job(&script("sleep 600")).unwrap();
+    }
+    let jobs = text(&output(&node, &["jobs", "--status", "queued"]).stdout);
+    assert!(jobs.contains("queued (1)") && jobs.contains("queued (2, for earlier jobs)"), "{jobs}");
+}
+
+#[test]
 fn a_request_the_node_refuses_ends_with_125_and_names_the_field_once() {
     let node = FakeNode::start();
     let output = output(&node, &["run", "--image", "nope", "--", "true"]);

@@ -13,29 +13,30 @@ pub(crate) const MAX_ENV: usize = 256;
 /// Most entries of a list.
 pub(crate) const MAX_LIST: usize = 100;
 
-/// A list of no more than [`MAX_LIST`] entries.
-pub(crate) fn list<'de, T: Deserialize<'de>, D: Deserializer<'de>>(list: D) -> Result<Vec<T>, D::Error> {
-    struct List<T>(PhantomData<T>);
+/// Visits a list of no more than [`MAX_LIST`] entries.
+pub(crate) struct List<T>(pub(crate) PhantomData<T>);
 
-    impl<'de, T: Deserialize<'de>> Visitor<'de> for List<T> {
-        type Value = Vec<T>;
+impl<'de, T: Deserialize<'de>> Visitor<'de> for List<T> {
+    type Value = Vec<T>;
 
-        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            f.write_str("a list")
-        }
-
-        fn visit_seq<A: SeqAccess<'de>>(self, mut entries: A) -> Result<Vec<T>, A::Error> {
-            let mut list = Vec::new();
-            while let Some(entry) = entries.next_element()? {
-                if list.len() >= MAX_LIST {
-                    return Err(too_many(MAX_LIST));
-                }
-                list.push(entry);
-            }
-            Ok(list)
-        }
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list")
     }
 
+    fn visit_seq<A: SeqAccess<'de>>(self, mut entries: A) -> Result<Vec<T>, A::Error> {
+        let mut list = Vec::new();
+        while let Some(entry) = entries.next_element()? {
+            if list.len() >= MAX_LIST {
+                return Err(too_many(MAX_LIST));
+            }
+            list.push(entry);
+        }
+        Ok(list)
+    }
+}
+
+/// A list of no more than [`MAX_LIST`] entries.
+pub(crate) fn list<'de, T: Deserialize<'de>, D: Deserializer<'de>>(list: D) -> Result<Vec<T>, D::Error> {
     list.deserialize_seq(List(PhantomData))
 }
 

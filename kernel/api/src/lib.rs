@@ -17,6 +17,7 @@ pub mod agent;
 mod bounded;
 mod budget;
 mod config;
+pub mod egress;
 pub mod error;
 mod handlers;
 pub mod http;

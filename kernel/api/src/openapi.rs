@@ -13,6 +13,7 @@ mod tests {
     use serde::Serialize;
     use serde_json::{Value, json};
 
+    use crate::egress::{self, Egress};
     use crate::error::{ApiError, ErrorCode};
     use crate::jobs::JobStore;
     use crate::testing::*;
@@ -164,6 +165,24 @@ mod tests {
         fits("Timings", &job.timings);
         fits("JobMemory", &job.memory);
         fits("LogInfo", &job.log);
+        fits("Network", &job.network);
+        fits("ConnectionCounts", &job.connections);
+        let connection = Connection {
+            time: job.created_at.clone(),
+            protocol: Protocol::Tcp,
+            name: None,
+            address: Some("192.0.2.7".into()),
+            port: Some(443),
+            bytes_sent: 1,
+            bytes_received: 2,
+            verdict: Verdict::Allowed,
+            reason: None,
+        };
+        fits("Connection", &connection);
+        fits(
+            "ConnectionList",
+            &ConnectionList { connections: vec![connection], ..ConnectionList::default() },
+        );
         fits("JobList", &JobList { total_count: 1, jobs: vec![job] });
         let host = FakeNode::new().host();
         fits("HostMemory", &host.memory);
@@ -197,6 +216,7 @@ mod tests {
             machine_config: Some(MachineConfig::default()),
             steps: vec![step],
             env: [("A".to_string(), "b".to_string())].into(),
+            network: Some(Network { egress: Egress::Rules(vec!["example.org".parse().unwrap()]) }),
         };
         fits("JobRequest", &request);
     }
@@ -214,6 +234,8 @@ mod tests {
         assert_eq!(step["run"]["maxLength"], request::MAX_RUN);
         assert_eq!(schemas["Environment"]["maxProperties"], request::MAX_ENV);
         assert_eq!(schemas["Environment"]["additionalProperties"]["maxLength"], request::MAX_ENV_VALUE);
+        let rules = &schemas["Network"]["properties"]["egress"]["oneOf"][1];
+        assert_eq!(rules["maxItems"], egress::MAX_RULES);
         let machine = &schemas["MachineConfig"]["properties"];
         let default = MachineConfig::default();
         assert_eq!(machine["mem_size_mib"]["minimum"], request::MIN_MEMORY_MIB);

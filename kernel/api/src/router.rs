@@ -24,6 +24,7 @@ pub(crate) enum Route {
     GetJob(JobId),
     DeleteJob(JobId),
     JobLogs(JobId),
+    JobConnections(JobId),
     CancelJob(JobId),
 }
 
@@ -54,7 +55,7 @@ const fn path(template: &'static str, allow: &'static str, public: bool) -> Path
 }
 
 /// Every path there is.
-pub(crate) const PATHS: [Path; 10] = [
+pub(crate) const PATHS: [Path; 11] = [
     path("/healthz", "GET, HEAD", true),
     path("/readyz", "GET, HEAD", true),
     path("/version", "GET, HEAD", true),
@@ -64,6 +65,7 @@ pub(crate) const PATHS: [Path; 10] = [
     path("/v1/jobs", "GET, HEAD, POST", false),
     path("/v1/jobs/{id}", "GET, HEAD, DELETE", false),
     path("/v1/jobs/{id}/logs", "GET, HEAD", false),
+    path("/v1/jobs/{id}/connections", "GET, HEAD", false),
     path("/v1/jobs/{id}/cancel", "POST", false),
 ];
 
@@ -110,6 +112,7 @@ pub(crate) fn admit(api: &Api, head: &Head) -> Result<Route, ApiError> {
         ("/v1/jobs/{id}", _) if get => job().map(Route::GetJob),
         ("/v1/jobs/{id}", Method::Delete) => job().map(Route::DeleteJob),
         ("/v1/jobs/{id}/logs", _) if get => job().map(Route::JobLogs),
+        ("/v1/jobs/{id}/connections", _) if get => job().map(Route::JobConnections),
         ("/v1/jobs/{id}/cancel", Method::Post) => job().map(Route::CancelJob),
         _ => {
             let message = alloc::format!("{} takes {}", path.template, path.allow);
@@ -171,6 +174,7 @@ pub(crate) fn handle(
         Route::GetJob(id) => Ok(Response::json(200, &api.jobs.get(id)?)),
         Route::DeleteJob(id) => api.jobs.delete(id).map(|()| Response::empty(204)),
         Route::JobLogs(id) => handlers::job_logs(api, head, id, now),
+        Route::JobConnections(id) => Ok(Response::json(200, &api.jobs.connections(id)?)),
         Route::CancelJob(id) => {
             api.jobs.cancel(id, now)?;
             Ok(Response::json(202, &api.jobs.get(id)?))

@@ -11,6 +11,7 @@ use alloc::vec::Vec;
 use serde::{Deserialize, Serialize};
 
 use crate::bounded;
+use crate::egress::Egress;
 
 /// `POST /v1/jobs`: what a user asks for.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,6 +38,18 @@ pub struct JobRequest {
     /// Environment of every step.
     #[serde(default, deserialize_with = "bounded::env", skip_serializing_if = "BTreeMap::is_empty")]
     pub env: BTreeMap<String, String>,
+    /// What the machine may reach; default: [`Network::default`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<Network>,
+}
+
+/// A machine's network.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Network {
+    /// What it may reach: `none`, `all`, or a list of rules; default: `all`.
+    #[serde(default)]
+    pub egress: Egress,
 }
 
 /// A machine's size, in Firecracker's words.
@@ -201,6 +214,9 @@ pub struct Job {
     pub timeout_seconds: u32,
     /// Its machine's size.
     pub machine_config: MachineConfig,
+    /// Its machine's network.
+    #[serde(default)]
+    pub network: Network,
     /// Its steps, in order.
     pub steps: Vec<Step>,
     /// How long its phases took.
@@ -211,8 +227,134 @@ pub struct Job {
     pub memory: JobMemory,
     /// What is kept of its output.
     pub log: LogInfo,
-    /// Jobs that start before this one; none once it has started.
+    /// How many connections it made, or tried to.
+    #[serde(default)]
+    pub connections: ConnectionCounts,
+    /// Its place in the queue, from 1; none once it has started.
     pub queue_position: Option<u32>,
+    /// What a queued job waits for, as far as that is known; none once it has started.
+    #[serde(default)]
+    pub waiting_for: Option<WaitingFor>,
+}
+
+/// What a queued job waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WaitingFor {
+    /// Its turn: jobs that came before it wait too.
+    EarlierJobs,
+    /// Memory for its machine, which machines that run have.
+    Memory,
+    /// Cores for its machine, which machines that run have.
+    Cores,
+    /// A place for its machine: as many run as the node has places for.
+    Machines,
+}
+
+impl WaitingFor {
+    /// The word on the wire.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::EarlierJobs => "earlier_jobs",
+            Self::Memory => "memory",
+            Self::Cores => "cores",
+            Self::Machines => "machines",
+        }
+    }
+}
+
+/// How many connections a job made, or tried to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConnectionCounts {
+    /// All of them.
+    pub total: u64,
+    /// Those that were refused.
+    pub refused: u64,
+}
+
+/// `GET /v1/jobs/{id}/connections`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConnectionList {
+    /// Connections the job made or tried to make, those not kept included.
+    pub total_count: u64,
+    /// How many of them were refused.
+    pub refused_count: u64,
+    /// How many of them are not kept.
+    pub omitted_count: u64,
+    /// Those that are kept, first one first.
+    pub connections: Vec<Connection>,
+}
+
+/// One connection of a job's machine to the outside, or an attempt at one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Connection {
+    /// When it was first seen, RFC 3339 in UTC.
+    pub time: String,
+    /// How it travels.
+    pub protocol: Protocol,
+    /// The name that the machine looked its address up by, if it did.
+    pub name: Option<String>,
+    /// The IPv4 address at the other end; none when a name was refused before it had one.
+    pub address: Option<String>,
+    /// The TCP or UDP port at the other end; none for ICMP.
+    pub port: Option<u16>,
+    /// Bytes of payload that the machine sent, so far.
+    pub bytes_sent: u64,
+    /// Bytes of payload that came for it, so far.
+    pub bytes_received: u64,
+    /// Whether it was let through.
+    pub verdict: Verdict,
+    /// Why it was refused, for a person to read.
+    pub reason: Option<String>,
+}
+
+/// How a connection travels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Protocol {
+    /// TCP.
+    Tcp,
+    /// UDP: packets between the same two ends.
+    Udp,
+    /// ICMP echo.
+    Icmp,
+    /// A name that was looked up and not let through.
+    Dns,
+}
+
+impl Protocol {
+    /// The word on the wire.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+            Self::Icmp => "icmp",
+            Self::Dns => "dns",
+        }
+    }
+}
+
+/// What became of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    /// It was let through.
+    Allowed,
+    /// It was answered by a refusal.
+    Refused,
+}
+
+impl Verdict {
+    /// The word on the wire.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Allowed => "allowed",
+            Self::Refused => "refused",
+        }
+    }
 }
 
 /// One step of a [`Job`].

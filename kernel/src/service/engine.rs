@@ -14,6 +14,7 @@ use alloc::vec::Vec;
 use nestling_api::Clock;
 use nestling_api::jobs::{JobId, JobStore, QueuedJob};
 use nestling_api::time::MILLISECOND;
+use nestling_api::types::{MachineConfig, WaitingFor};
 
 use super::images::Image;
 use super::machines::{CreateError, MachineSpec, Machines};
@@ -22,6 +23,8 @@ use super::machines::{CreateError, MachineSpec, Machines};
 const CHUNK: usize = 32 * 1024;
 /// How often a running job's exit counts and memory are brought up to date.
 const FIGURES_INTERVAL_NS: u64 = 500 * MILLISECOND;
+/// Frames of 4 KiB in a MiB.
+const FRAMES_PER_MIB: u64 = 256;
 
 /// A job with its machine.
 struct Run<Id> {
@@ -79,9 +82,11 @@ impl<Id: Copy> Engine<Id> {
             }
             !over
         });
-        while self.runs.len() < machines.limit()
-            && let Some(job) = jobs.next_queued()
-        {
+        while let Some(job) = jobs.next_queued() {
+            if self.runs.len() >= machines.limit() {
+                jobs.waits_for(job.id, WaitingFor::Machines);
+                break;
+            }
             match create(&job, images, machines) {
                 Ok(machine) if jobs.start(job.id, now) => {
                     log::debug!(
@@ -100,11 +105,14 @@ impl<Id: Copy> Engine<Id> {
                 }
                 Ok(machine) => drop(machines.destroy(machine)),
                 // Another machine's end makes room.
-                Err(CreateError::Busy) if !self.runs.is_empty() => break,
-                Err(CreateError::Busy) => {
-                    let reason = "the node has too little free memory for this machine although no other runs; \
-                         ask for less in machine_config.mem_size_mib";
-                    jobs.fail(job.id, reason, now);
+                Err(CreateError::Busy(what)) if !self.runs.is_empty() => {
+                    jobs.waits_for(job.id, what);
+                    break;
+                }
+                Err(CreateError::Busy(what)) => {
+                    let reason = cannot_wait(&job, what, machines);
+                    log::warn!("job {}: no machine: {reason}", job.id);
+                    jobs.fail(job.id, &reason, now);
                 }
                 Err(CreateError::Impossible(reason)) => {
                     log::warn!("job {}: no machine: {reason}", job.id);
@@ -147,6 +155,24 @@ impl<Id: Copy> Run<Id> {
             self.hung_up = true;
             jobs.agent_disconnected(self.job, now);
         }
+    }
+}
+
+/// Why a job that no other machine's end would help has no machine.
+fn cannot_wait<M: Machines>(job: &QueuedJob, what: WaitingFor, machines: &M) -> String {
+    let MachineConfig { mem_size_mib, vcpu_count, .. } = job.machine_config;
+    let report = machines.report();
+    match what {
+        WaitingFor::Cores => alloc::format!(
+            "the machine is to have {vcpu_count} vCPUs and the node, on which no other runs, has {} cores; ask for less in \
+             machine_config.vcpu_count",
+            report.cores
+        ),
+        _ => alloc::format!(
+            "the machine is to have {mem_size_mib} MiB and the node, on which no other runs, has {} MiB free; ask for less \
+             in machine_config.mem_size_mib",
+            report.memory.free_frames / FRAMES_PER_MIB
+        ),
     }
 }
 
@@ -314,12 +340,33 @@ mod tests {
     #[test]
     fn a_busy_node_without_machines_refuses_the_job_rather_than_wait_for_ever() {
         let mut bench = Bench::new();
-        bench.machines.refuse = Some(CreateError::Busy);
+        bench.machines.refuse = Some(CreateError::Busy(WaitingFor::Memory));
         let id = queue_job(&mut bench.jobs, 1);
         bench.poll(0);
         let job = bench.jobs.get(id).unwrap();
         assert_eq!(job.conclusion, Some(Conclusion::SystemFailure));
-        assert!(job.failure_reason.unwrap().contains("mem_size_mib"));
+        let reason = job.failure_reason.unwrap();
+        assert!(reason.contains("256 MiB") && reason.contains("machine_config.mem_size_mib"), "{reason}");
+    }
+
+    #[test]
+    fn a_job_that_has_to_wait_says_for_what() {
+        let mut bench = Bench::new();
+        queue_job(&mut bench.jobs, 1);
+        let second = queue_job(&mut bench.jobs, 2);
+        bench.poll(0);
+        let waits = |bench: &Bench| {
+            let job = bench.jobs.get(second).unwrap();
+            (job.status, job.queue_position, job.waiting_for)
+        };
+        assert_eq!(waits(&bench), (Status::Queued, Some(1), Some(WaitingFor::Machines)));
+        bench.machines.limit = 2;
+        bench.machines.refuse = Some(CreateError::Busy(WaitingFor::Memory));
+        bench.poll(1);
+        assert_eq!(waits(&bench), (Status::Queued, Some(1), Some(WaitingFor::Memory)));
+        bench.machines.refuse = None;
+        bench.poll(2);
+        assert_eq!(waits(&bench), (Status::InProgress, None, None));
     }
 
     #[test]

@@ -11,7 +11,7 @@ use alloc::collections::BTreeMap;
 use alloc::format;
 use alloc::string::{String, ToString};
 use nestling_api::jobs::{MachineEnd, MachineReport};
-use nestling_api::types::{HostMemory, Vendor};
+use nestling_api::types::{HostMemory, Vendor, WaitingFor};
 use nestling_machine::platform::linux::LinuxImage;
 use nestling_machine::platform::{self, VsockHost, VsockState};
 
@@ -55,13 +55,16 @@ impl<B: Backend> Machines for Fleet<B> {
                 spec.mem_size_mib
             )));
         }
-        if self.len() >= self.limit() || !self.fits(spec.mem_size_mib) {
-            return Err(CreateError::Busy);
+        if self.len() >= self.limit() {
+            return Err(CreateError::Busy(WaitingFor::Machines));
+        }
+        if !self.fits(spec.mem_size_mib) {
+            return Err(CreateError::Busy(WaitingFor::Memory));
         }
         let image =
             LinuxImage { kernel: spec.kernel, initramfs: spec.initramfs, command_line: spec.command_line };
         Self::create(self, &image, spec.mem_size_mib).map_err(|error| match error {
-            hypervisor::CreateError::OutOfFrames => CreateError::Busy,
+            hypervisor::CreateError::OutOfFrames => CreateError::Busy(WaitingFor::Memory),
             hypervisor::CreateError::Boot(_) => CreateError::Impossible(error.to_string()),
         })
     }

@@ -6,7 +6,7 @@ use alloc::collections::BTreeMap;
 use alloc::string::String;
 
 use nestling_api::jobs::{MachineEnd, MachineReport};
-use nestling_api::types::{HostMemory, Vendor};
+use nestling_api::types::{HostMemory, Vendor, WaitingFor};
 
 /// What a machine is made from.
 #[derive(Debug, Clone, Copy)]
@@ -26,8 +26,8 @@ pub struct MachineSpec<'a> {
 /// Why there is no machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CreateError {
-    /// Not now: the node's memory or cores are in use by other machines.
-    Busy,
+    /// Not now: other machines have what this one needs.
+    Busy(WaitingFor),
     /// Never: what is wrong with the image or the size, for people.
     Impossible(String),
 }

@@ -88,7 +88,6 @@ impl AgentLink for FakeAgent {
 }
 
 /// Machines that do nothing by themselves.
-#[derive(Default)]
 pub struct FakeMachines {
     /// Those that exist, by their number.
     pub alive: BTreeMap<u32, FakeAgent>,
@@ -98,6 +97,14 @@ pub struct FakeMachines {
     pub refuse: Option<CreateError>,
     /// Machines ever made.
     pub made: u32,
+    /// Machines that may exist at once.
+    pub limit: usize,
+}
+
+impl Default for FakeMachines {
+    fn default() -> Self {
+        Self { alive: BTreeMap::new(), ended: BTreeMap::new(), refuse: None, made: 0, limit: 1 }
+    }
 }
 
 impl Machines for FakeMachines {
@@ -132,7 +139,7 @@ impl Machines for FakeMachines {
     }
 
     fn limit(&self) -> usize {
-        1
+        self.limit
     }
 
     fn max_mem_size_mib(&self) -> u32 {

@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nestling_api::multiplex::MEDIA_TYPE;
-use nestling_api::types::{Host, ImageList, Job, JobList, JobRequest, Status, Version};
+use nestling_api::types::{ConnectionList, Host, ImageList, Job, JobList, JobRequest, Status, Version};
 use serde::de::DeserializeOwned;
 use ureq::Agent;
 use ureq::http;
@@ -18,6 +18,7 @@ use ureq::http;
 pub use error::ClientError;
 pub use job_pages::JobPages;
 pub use log_stream::LogStream;
+pub use nestling_api::egress::{Egress, EgressRule};
 pub use nestling_api::log::Stream;
 pub use nestling_api::multiplex::LogFrame;
 pub use nestling_api::types;
@@ -285,6 +286,14 @@ impl Client {
     /// As [`version`](Self::version).
     pub fn job(&self, id: &str) -> Result<Job, ClientError> {
         self.get(&format!("/v1/jobs/{id}"))
+    }
+
+    /// `GET /v1/jobs/{id}/connections`: whom the job's machine connected to, or tried to.
+    ///
+    /// # Errors
+    /// As [`version`](Self::version).
+    pub fn connections(&self, id: &str) -> Result<ConnectionList, ClientError> {
+        self.get(&format!("/v1/jobs/{id}/connections"))
     }
 
     /// `POST /v1/jobs/{id}/cancel`: the job ends soon after.

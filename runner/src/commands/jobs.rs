@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use nestling::client::JobQuery;
-use nestling::client::types::{Job, JobList, Status};
+use nestling::client::types::{Job, JobList, Status, WaitingFor};
 use nestling::duration::format_ms;
 use nestling::ready::printable;
 
@@ -45,6 +45,18 @@ pub(crate) fn jobs(options: &Jobs) -> Result<u8> {
     Ok(0)
 }
 
+/// What a queued job waits for, after `before`; nothing when that is not known.
+pub(super) fn waiting_for(job: &Job, before: &str) -> String {
+    let what = match job.waiting_for {
+        Some(WaitingFor::EarlierJobs) => "earlier jobs",
+        Some(WaitingFor::Memory) => "memory",
+        Some(WaitingFor::Cores) => "cores",
+        Some(WaitingFor::Machines) => "another machine's end",
+        None => return String::new(),
+    };
+    format!("{before}{what}")
+}
+
 fn rows(jobs: &[Job]) -> Vec<Vec<String>> {
     let mut rows = vec![["ID", "STATUS", "EXIT", "TOOK", "CREATED", "NAME"].map(str::to_owned).to_vec()];
     rows.extend(jobs.iter().map(|job| {
@@ -64,7 +76,7 @@ fn rows(jobs: &[Job]) -> Vec<Vec<String>> {
 fn state(job: &Job) -> String {
     match (job.conclusion, job.queue_position) {
         (Some(conclusion), _) => conclusion.as_str().to_owned(),
-        (None, Some(position)) if position > 0 => format!("queued ({position} before it)"),
+        (None, Some(position)) => format!("queued ({position}{})", waiting_for(job, ", for ")),
         (None, _) => job.status.as_str().to_owned(),
     }
 }

@@ -1,6 +1,7 @@
 //! The subcommands, one a file, and what several of them need.
 
 pub(crate) mod cancel;
+pub(crate) mod connections;
 pub(crate) mod down;
 mod follow;
 mod interrupt;

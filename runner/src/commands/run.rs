@@ -9,13 +9,14 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use nestling::client::types::{Conclusion, Job, JobRequest, MachineConfig, Status, StepRequest};
-use nestling::client::{Client, Stream};
+use nestling::client::types::{Conclusion, Job, JobRequest, MachineConfig, Network, Status, StepRequest};
+use nestling::client::{Client, Egress, EgressRule, Stream};
 use nestling::ready::printable;
 use nestling::state::{DEFAULT_NODE, State};
 
 use super::follow::{self, Outputs, Sink};
 use super::interrupt::Interrupt;
+use super::jobs::waiting_for;
 use super::target::{self, Target};
 use super::up;
 use crate::cli::{BedChoice, Run, Up};
@@ -123,7 +124,22 @@ fn request(options: &Run, variable: impl Fn(&str) -> Option<String>) -> Result<J
         machine_config,
         steps: vec![step],
         env,
+        network: egress(&options.egress)?.map(|egress| Network { egress }),
     })
+}
+
+/// What `--egress` says, in a list as long as it was given; none when it was not.
+fn egress(words: &[String]) -> Result<Option<Egress>> {
+    match words {
+        [] => Ok(None),
+        [word] if word == "none" => Ok(Some(Egress::None)),
+        [word] if word == "all" => Ok(Some(Egress::All)),
+        rules => {
+            let parse =
+                |rule: &String| rule.parse::<EgressRule>().with_context(|| format!("--egress {rule}"));
+            Ok(Some(Egress::Rules(rules.iter().map(parse).collect::<Result<_>>()?)))
+        }
+    }
 }
 
 /// A command's first line with something on it, cut to what fits a table.
@@ -249,7 +265,9 @@ fn short(id: &str) -> &str {
 /// What a job is at.
 fn phase(job: &Job) -> String {
     match (job.status, job.queue_position) {
-        (Status::Queued, Some(position)) if position > 0 => format!("queued, {position} before it"),
+        (Status::Queued, Some(position)) => {
+            format!("queued at position {position}{}", waiting_for(job, ", waits for "))
+        }
         (Status::Queued, _) => "queued".to_owned(),
         (Status::InProgress, _) if job.timings.agent_ready_ms.is_none() => "booting its machine".to_owned(),
         (Status::InProgress, _) => "running".to_owned(),
@@ -274,6 +292,12 @@ fn explain(job: &Job, quiet: bool) {
             }
             terminal::say(text);
         }
+    }
+    let refused = job.connections.refused;
+    if refused > 0 && job.conclusion != Some(Conclusion::Success) && !quiet {
+        let (what, them) = if refused == 1 { ("connection was", "it") } else { ("connections were", "them") };
+        let id = short(&job.id);
+        terminal::say(format_args!("{refused} {what} refused; see {them} with `nestling connections {id}`"));
     }
 }
 
@@ -351,6 +375,27 @@ mod tests {
             (full.timeout_seconds, full.name, full.labels),
             (Some(600), Some("n".into()), vec!["l".into()])
         );
+    }
+
+    #[test]
+    fn egress_is_a_word_or_rules() {
+        let egress = |arguments: &[&str]| {
+            request_of(&[arguments, &["--", "true"]].concat())
+                .map(|request| request.network.map(|network| network.egress))
+        };
+        assert_eq!(egress(&[]).unwrap(), None);
+        assert_eq!(egress(&["--egress", "none"]).unwrap(), Some(Egress::None));
+        assert_eq!(egress(&["--egress", "all"]).unwrap(), Some(Egress::All));
+        let rules = ["example.org:443", "10.0.0.0/8"].map(|rule| rule.parse().unwrap());
+        let both = egress(&["--egress", "example.org:443", "--egress", "10.0.0.0/8"]).unwrap();
+        assert_eq!(both, Some(Egress::Rules(rules.into())));
+        for (arguments, words) in [
+            (&["--egress", "none", "--egress", "a.org"] as &[&str], "--egress none: 'none' is no rule"),
+            (&["--egress", "https://a.org"], "is a URL"),
+        ] {
+            let error = format!("{:#}", egress(arguments).unwrap_err());
+            assert!(error.contains(words), "{error}");
+        }
     }
 
     fn job(conclusion: Option<Conclusion>, code: Option<i32>) -> Job {

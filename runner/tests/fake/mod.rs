@@ -16,14 +16,17 @@ use nestling_api::agent::{
     AgentMessage, Decoder, Hello, HostMessage, PROTOCOL, RunStep, StepCompleted, StepStarted,
 };
 use nestling_api::http::Connection;
-use nestling_api::jobs::{JobId, MachineEnd, MachineReport};
-use nestling_api::types::{Host, Image};
+use nestling_api::jobs::{ConnectionRecord, JobId, MachineEnd, MachineReport};
+use nestling_api::types::{Host, Image, Protocol};
 use nestling_api::{Api, ApiConfig, Clock, Node};
 
 /// The token of every fake node.
 pub const TOKEN: &str = "0123456789abcdef0123456789abcdef";
 /// A step whose script has this word ends its machine.
 const POWER_OFF: &str = "fake-power-off";
+
+/// A step whose script has this word connects to one place and is refused another.
+const CONNECT: &str = "fake-connect";
 
 /// A running node; it ends when dropped.
 pub struct FakeNode {
@@ -85,6 +88,7 @@ struct Running {
 
 enum Event {
     Bytes(Vec<u8>),
+    Connect,
     PowerOff,
 }
 
@@ -145,6 +149,7 @@ impl Loop {
         while self.pending.is_empty() {
             match running.from_agent.try_recv() {
                 Ok(Event::Bytes(bytes)) => self.pending = bytes,
+                Ok(Event::Connect) => jobs.record_connections(running.id, connections(), now),
                 Ok(Event::PowerOff) => ended = Some(MachineEnd::PowerOff),
                 Err(TryRecvError::Empty) => break,
                 Err(TryRecvError::Disconnected) => {
@@ -230,6 +235,9 @@ fn agent(inbox: &Receiver<Vec<u8>>, outbox: &SyncSender<Event>) {
                     let _ = outbox.send(Event::PowerOff);
                     return;
                 }
+                if step.run.contains(CONNECT) {
+                    let _ = outbox.send(Event::Connect);
+                }
                 run_step(&step, inbox, outbox);
             }
         }
@@ -272,6 +280,29 @@ fn run_step(step: &RunStep, inbox: &Receiver<Vec<u8>>, outbox: &SyncSender<Event
         timed_out: false,
     };
     send(AgentMessage::StepCompleted(completed));
+}
+
+/// One connection that is let through, and one that is not.
+fn connections() -> [ConnectionRecord<'static>; 2] {
+    let allowed = ConnectionRecord {
+        number: 0,
+        protocol: Protocol::Tcp,
+        name: Some("example.org"),
+        address: Some([192, 0, 2, 7].into()),
+        port: Some(443),
+        bytes_sent: 517,
+        bytes_received: 4096,
+        refused: None,
+    };
+    let refused = ConnectionRecord {
+        number: 1,
+        name: Some("example.com"),
+        refused: Some("no egress rule allows it"),
+        bytes_sent: 0,
+        bytes_received: 0,
+        ..allowed.clone()
+    };
+    [allowed, refused]
 }
 
 fn kill(child: &Child) {

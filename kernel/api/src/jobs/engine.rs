@@ -15,8 +15,9 @@ use super::record::Record;
 use super::run::{Run, WINDOW};
 use super::{JobId, JobStore};
 use crate::agent::{HEADER_LEN, MAX_PAYLOAD};
+use crate::egress::Egress;
 use crate::time::{Clock, rfc3339};
-use crate::types::{Conclusion, MachineConfig, Status};
+use crate::types::{Conclusion, MachineConfig, Status, WaitingFor};
 
 /// Bytes of console kept with a job that lost its machine.
 const MAX_CONSOLE: usize = 4096;
@@ -32,6 +33,8 @@ pub struct QueuedJob {
     pub image: String,
     /// Its machine's size.
     pub machine_config: MachineConfig,
+    /// What its machine may reach.
+    pub egress: Egress,
 }
 
 /// How a machine ended.
@@ -73,7 +76,15 @@ impl JobStore {
             id: record.id,
             image: record.job.image.clone(),
             machine_config: record.job.machine_config,
+            egress: record.job.network.egress.clone(),
         })
+    }
+
+    /// The job that is next cannot have its machine yet, for want of this.
+    pub fn waits_for(&mut self, id: JobId, what: WaitingFor) {
+        if let Some(record) = self.jobs.get_mut(&id).filter(|record| record.job.status == Status::Queued) {
+            record.job.waiting_for = Some(what);
+        }
     }
 
     /// A queued job has got its machine. False when it is not queued (any more): destroy the machine then.
@@ -82,6 +93,7 @@ impl JobStore {
             return false;
         };
         record.job.status = Status::InProgress;
+        record.job.waiting_for = None;
         record.job.started_at = Some(rfc3339(now.unix_ns));
         record.job.timings.queued_ms = Some(record.elapsed_ms(now));
         record.run = Some(Run::new(record.job.timeout_seconds, now));

@@ -4,6 +4,7 @@
 //! is in this file, the job engine's side ([`JobStore::start`], [`JobStore::receive`], [`JobStore::machine_ended`], ...)
 //! in `engine.rs`. A job becomes `completed` only when its machine is gone, so whoever sees that sees the memory back too.
 
+mod connections;
 mod engine;
 mod id;
 mod reader;
@@ -19,6 +20,7 @@ use alloc::string::{String, ToString};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
+pub use connections::ConnectionRecord;
 pub use engine::{MachineEnd, MachineReport, QueuedJob};
 pub use id::JobId;
 pub use reader::{LogReader, MIN_ROOM, ReadOptions, ReadState, Streams};
@@ -29,7 +31,7 @@ use request::Plan;
 use crate::config::Limits;
 use crate::error::{ApiError, ErrorCode};
 use crate::time::Clock;
-use crate::types::{Conclusion, Job, LogInfo, Status};
+use crate::types::{Conclusion, Job, LogInfo, Status, WaitingFor};
 
 /// Most readers of one job's log that can hold it back.
 const MAX_FOLLOWERS: usize = 64;
@@ -186,9 +188,13 @@ impl JobStore {
         let record = self.record(id)?;
         let mut job = record.job.clone();
         job.log = record.log.info();
+        job.connections = record.connections.counts();
         if job.status == Status::Queued {
-            let position = self.queue.iter().position(|queued| *queued == id);
-            job.queue_position = position.and_then(|position| u32::try_from(position).ok());
+            let position = self.queue.iter().zip(1..).find(|(queued, _)| **queued == id);
+            job.queue_position = position.map(|(_, position)| position);
+            if position.is_some_and(|(_, position)| position > 1) {
+                job.waiting_for = Some(WaitingFor::EarlierJobs);
+            }
         }
         Ok(job)
     }

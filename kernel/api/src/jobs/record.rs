@@ -5,13 +5,17 @@ use alloc::string::{String, ToString};
 use alloc::sync::Weak;
 use alloc::vec::Vec;
 
+use super::connections::ConnectionLog;
 use super::id::JobId;
 use super::reader::Follower;
 use super::request::Plan;
 use super::run::Run;
 use crate::log::LogRing;
 use crate::time::{Clock, MILLISECOND, rfc3339};
-use crate::types::{Conclusion, Job, JobMemory, LogInfo, Status, Step, StepConclusion, StepRequest, Timings};
+use crate::types::{
+    Conclusion, ConnectionCounts, Job, JobMemory, LogInfo, Network, Status, Step, StepConclusion,
+    StepRequest, Timings,
+};
 
 /// What is needed to run a job, and no longer once it is over.
 #[derive(Debug, Default)]
@@ -25,10 +29,11 @@ pub(super) struct Script {
 pub(super) struct Record {
     pub(super) id: JobId,
     pub(super) created_ns: u64,
-    /// What the API shows. `log` and `queue_position` are filled in when it is shown.
+    /// What the API shows. `log`, `connections` and `queue_position` are filled in when it is shown.
     pub(super) job: Job,
     pub(super) script: Script,
     pub(super) log: LogRing,
+    pub(super) connections: ConnectionLog,
     /// There while the job is in progress.
     pub(super) run: Option<Run>,
     /// Those who read the log as it grows, as long as they live.
@@ -72,12 +77,15 @@ impl Record {
             completed_at: None,
             timeout_seconds: plan.timeout_seconds,
             machine_config: plan.machine_config,
+            network: Network { egress: plan.egress },
             steps: steps.collect(),
             timings: Timings::default(),
             exits: BTreeMap::from([("total".to_string(), 0)]),
             memory: JobMemory::default(),
             log: LogInfo::default(),
+            connections: ConnectionCounts::default(),
             queue_position: None,
+            waiting_for: None,
         };
         let mut record = Self {
             id,
@@ -85,6 +93,7 @@ impl Record {
             job,
             script: Script { steps: plan.steps, env: plan.env },
             log: LogRing::new(),
+            connections: ConnectionLog::default(),
             run: None,
             followers: Vec::new(),
             idempotency_key,
@@ -112,7 +121,8 @@ impl Record {
             .map(|step| size_of::<StepRequest>() + text(&step.name) + step.run.len() + env(&step.env));
         let scripts: usize = scripts.sum();
         let key = self.idempotency_key.as_ref().map_or(0, |key| 2 * key.len() + ENTRY_OVERHEAD);
-        JOB_OVERHEAD + names + labels + steps + scripts + env(&self.script.env) + key
+        let network = job.network.egress.weight() + self.connections.weight();
+        JOB_OVERHEAD + names + labels + steps + scripts + env(&self.script.env) + key + network
     }
 
     /// Milliseconds since the job was created.
@@ -139,6 +149,7 @@ impl Record {
             step.conclusion = Some(unfinished);
         }
         self.job.status = Status::Completed;
+        self.job.waiting_for = None;
         self.job.conclusion = Some(conclusion);
         self.job.completed_at = Some(rfc3339(now.unix_ns));
         self.job.timings.completed_ms = Some(self.elapsed_ms(now));

@@ -10,6 +10,7 @@ use serde::de::IgnoredAny;
 
 use crate::agent;
 use crate::bounded;
+use crate::egress::Egress;
 use crate::error::{ApiError, ErrorCode};
 use crate::json;
 use crate::types::{FieldError, Image, JobRequest, MachineConfig, StepRequest};
@@ -57,6 +58,8 @@ pub struct Plan {
     pub steps: Vec<StepRequest>,
     /// Environment of every step.
     pub env: BTreeMap<String, String>,
+    /// What the machine may reach.
+    pub egress: Egress,
 }
 
 /// Parses a request's body.
@@ -141,6 +144,7 @@ pub fn plan(request: JobRequest, images: &[Image], max_memory_mib: u32) -> Resul
         machine_config,
         steps,
         env: request.env,
+        egress: request.network.unwrap_or_default().egress,
     })
 }
 
@@ -494,6 +498,33 @@ mod tests {
         ] {
             refused_once(&request, field, words);
         }
+    }
+
+    #[test]
+    fn a_machine_may_reach_everything_unless_the_request_says_what() {
+        let egress =
+            |network: Value| planned(&json!({"steps": [{"run": "a"}], "network": network})).unwrap().egress;
+        assert_eq!(planned(&json!({"steps": [{"run": "a"}]})).unwrap().egress, Egress::All);
+        assert_eq!(egress(json!({})), Egress::All);
+        assert_eq!(egress(json!({"egress": "none"})), Egress::None);
+        let rules = ["example.org".parse().unwrap(), "10.0.0.0/8:22".parse().unwrap()];
+        assert_eq!(egress(json!({"egress": ["Example.org", "10.0.0.0/8:22"]})), Egress::Rules(rules.into()));
+    }
+
+    #[test]
+    fn a_wrong_rule_is_named_by_its_place() {
+        let refused_egress = |egress: Value, field: &str, words: &str| {
+            refused_once(&json!({"steps": [{"run": "a"}], "network": {"egress": egress}}), field, words);
+        };
+        let rules = json!(["a.org", "b.org", "c.org", "https://d.org"]);
+        refused_egress(rules, "network.egress[3]", "'https://d.org' is a URL; give its host");
+        refused_egress(json!(["2001:db8::/32"]), "network.egress[0]", "machines have IPv4 alone");
+        refused_egress(json!(["a.org", 5]), "network.egress[1]", "expected a rule such as");
+        refused_egress(json!("some"), "network.egress", "is 'some'; give \"none\", \"all\" or a list");
+        refused_egress(json!(null), "network.egress", "expected \"none\", \"all\" or a list");
+        refused_egress(json!(vec!["a.org"; 101]), "network.egress", "too many entries; at most 100");
+        let unknown = json!({"steps": [{"run": "a"}], "network": {"ingress": []}});
+        refused_once(&unknown, "network.ingress", "unknown field");
     }
 
     #[test]

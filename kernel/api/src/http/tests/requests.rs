@@ -86,7 +86,7 @@ fn a_job_goes_through_the_api_from_its_request_to_its_deletion() {
     let path = answer.header("location").unwrap().to_string();
     let job: Job = serde_json::from_slice(&answer.body).unwrap();
     assert_eq!(path, format!("/v1/jobs/{}", job.id));
-    assert_eq!(job.queue_position, Some(0));
+    assert_eq!(job.queue_position, Some(1));
 
     let id = peer.api.jobs.next_queued().unwrap().id;
     peer.api.jobs.start(id, peer.now);

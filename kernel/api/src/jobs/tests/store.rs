@@ -7,14 +7,33 @@ fn jobs_start_in_the_order_they_came() {
     let mut jobs = store();
     let (first, second) = (create(&mut jobs, 1, steps(vec![step("a")]), at(0)), id(2));
     create(&mut jobs, 2, steps(vec![step("b")]), at(0));
-    assert_eq!(jobs.get(second).unwrap().queue_position, Some(1));
+    assert_eq!(jobs.get(first).unwrap().queue_position, Some(1));
+    assert_eq!(jobs.get(second).unwrap().queue_position, Some(2));
     assert_eq!(jobs.next_queued().unwrap().id, first);
     assert!(jobs.start(first, at(5)));
     assert!(!jobs.start(first, at(5)), "it is not queued any more");
     assert_eq!(jobs.next_queued().unwrap().id, second);
     let (first, second) = (jobs.get(first).unwrap(), jobs.get(second).unwrap());
     assert_eq!((first.queue_position, first.timings.queued_ms), (None, Some(5)));
-    assert_eq!(second.queue_position, Some(0));
+    assert_eq!(second.queue_position, Some(1));
+}
+
+#[test]
+fn a_queued_job_says_what_it_waits_for() {
+    let mut jobs = store();
+    let first = create(&mut jobs, 1, steps(vec![step("a")]), at(0));
+    let second = create(&mut jobs, 2, steps(vec![step("b")]), at(0));
+    let waits = |jobs: &JobStore, job| jobs.get(job).unwrap().waiting_for;
+    assert_eq!((waits(&jobs, first), waits(&jobs, second)), (None, Some(WaitingFor::EarlierJobs)));
+    jobs.waits_for(first, WaitingFor::Memory);
+    assert_eq!(waits(&jobs, first), Some(WaitingFor::Memory));
+    jobs.start(first, at(1));
+    assert_eq!((waits(&jobs, first), waits(&jobs, second)), (None, None));
+    jobs.waits_for(first, WaitingFor::Cores);
+    assert_eq!(waits(&jobs, first), None, "it has its machine");
+    jobs.waits_for(second, WaitingFor::Cores);
+    jobs.cancel(second, at(2)).unwrap();
+    assert_eq!(waits(&jobs, second), None, "it waits for nothing any more");
 }
 
 #[test]
