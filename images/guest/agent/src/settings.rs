@@ -13,6 +13,15 @@ pub(crate) enum Transport {
     Stdin,
 }
 
+/// A disk with the image's root file system.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct RootDisk {
+    /// Its device.
+    pub(crate) device: PathBuf,
+    /// The file system's name.
+    pub(crate) kind: String,
+}
+
 /// Where things are.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Settings {
@@ -24,6 +33,8 @@ pub(crate) struct Settings {
     pub(crate) scripts: PathBuf,
     /// `HOME` of the steps.
     pub(crate) home: String,
+    /// The disk to change to, if the initramfs is not the root itself.
+    pub(crate) root: Option<RootDisk>,
 }
 
 impl Default for Settings {
@@ -33,6 +44,7 @@ impl Default for Settings {
             work: "/workspace".into(),
             scripts: "/run/nestling".into(),
             home: "/root".into(),
+            root: None,
         }
     }
 }
@@ -61,13 +73,18 @@ impl Settings {
         Ok(settings)
     }
 
-    /// Takes `nestling.transport=DEVICE` from the kernel's command line.
+    /// Takes `nestling.transport=DEVICE`, `root=DEVICE` and `rootfstype=NAME` from the kernel's command line.
     pub(crate) fn read_kernel_command_line(&mut self, line: &str) {
+        let (mut device, mut kind) = (None, "ext4");
         for word in line.split_ascii_whitespace() {
-            if let Some(path) = word.strip_prefix("nestling.transport=") {
-                self.transport = Transport::Device(path.into());
+            match word.split_once('=') {
+                Some(("nestling.transport", path)) => self.transport = Transport::Device(path.into()),
+                Some(("root", path)) => device = Some(PathBuf::from(path)),
+                Some(("rootfstype", name)) => kind = name,
+                _ => {}
             }
         }
+        self.root = device.map(|device| RootDisk { device, kind: kind.to_owned() });
     }
 }
 
@@ -105,5 +122,15 @@ mod tests {
         assert_eq!(settings.transport, Transport::Vsock);
         settings.read_kernel_command_line("quiet nestling.transport=/dev/ttyS1 panic=-1\n");
         assert_eq!(settings.transport, Transport::Device("/dev/ttyS1".into()));
+        assert_eq!(settings.root, None);
+    }
+
+    #[test]
+    fn the_kernel_command_line_can_name_the_root() {
+        let mut settings = Settings::default();
+        settings.read_kernel_command_line("panic=-1 root=/dev/vda nestling.root=x");
+        assert_eq!(settings.root, Some(RootDisk { device: "/dev/vda".into(), kind: "ext4".into() }));
+        settings.read_kernel_command_line("rootfstype=xfs root=/dev/vdb");
+        assert_eq!(settings.root, Some(RootDisk { device: "/dev/vdb".into(), kind: "xfs".into() }));
     }
 }

@@ -11,46 +11,68 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::resource::{Resource, setrlimit};
 
+use crate::root;
 use crate::settings::Settings;
 
 /// The modules to load, one file name a line, in order; written by the image's recipe.
 const MODULES: &str = "/etc/nestling/modules";
+/// Where programs look for the machine's id.
+const MACHINE_ID: &str = "/etc/machine-id";
 /// Open files of a step: what most programs expect at first, and what they may ask for (systemd's defaults).
 const OPEN_FILES: (u64, u64) = (1024, 524_288);
 
-/// One file system to mount: kind, place, options.
-const FILE_SYSTEMS: [(&str, &str, Option<&str>); 8] = [
-    ("proc", "/proc", None),
-    ("sysfs", "/sys", None),
-    ("devtmpfs", "/dev", Some("mode=0755")),
+/// File systems to mount before anything else can be done, and those that belong on the root: kind, place, options.
+const FIRST_FILE_SYSTEMS: [(&str, &str, Option<&str>); 3] =
+    [("proc", "/proc", None), ("sysfs", "/sys", None), ("devtmpfs", "/dev", Some("mode=0755"))];
+const FILE_SYSTEMS: [(&str, &str, Option<&str>); 4] = [
     ("devpts", "/dev/pts", Some("gid=5,mode=0620,ptmxmode=0666")),
     ("tmpfs", "/dev/shm", Some("mode=1777")),
     ("tmpfs", "/run", Some("mode=0755")),
-    ("tmpfs", "/tmp", Some("mode=1777")),
-    ("cgroup2", "/sys/fs/cgroup", None),
+    ("cgroup2", CGROUPS, None),
 ];
+/// `/tmp` of a root file system that is in memory itself; on a disk it is a folder as any other, with the disk's room.
+const TMP: (&str, &str, Option<&str>) = ("tmpfs", "/tmp", Some("mode=1777"));
+/// Where control groups are.
+const CGROUPS: &str = "/sys/fs/cgroup";
+/// The name of every machine.
+const HOST_NAME: &str = "nestling";
 
 /// Brings a freshly booted machine to where steps can run.
 ///
 /// # Errors
 /// What could not be done, when nothing would work without it.
 pub(crate) fn start(settings: &mut Settings) -> Result<(), String> {
-    for (kind, place, options) in FILE_SYSTEMS {
+    for (kind, place, options) in FIRST_FILE_SYSTEMS {
+        mount_at(kind, Path::new(place), options)?;
+    }
+    settings.read_kernel_command_line(&fs::read_to_string("/proc/cmdline").unwrap_or_default());
+    load_modules()?;
+    if let Some(disk) = &settings.root {
+        root::enter(disk)?;
+    }
+    let tmp = settings.root.is_none().then_some(TMP);
+    for (kind, place, options) in FILE_SYSTEMS.into_iter().chain(tmp) {
         mount_at(kind, Path::new(place), options)?;
     }
     for (link, target) in [("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")]
     {
         optional(&format!("link /dev/{link}"), symlink(target, Path::new("/dev").join(link)));
     }
-    // A root file system unpacked from an initramfs starts out writable for everybody.
-    for (folder, mode) in [("/", 0o755), ("/var/tmp", 0o1777), (settings.home.as_str(), 0o700)] {
+    // A root file system unpacked from an initramfs starts out writable for everybody, and a user's own may be incomplete.
+    for (folder, mode) in
+        [("/", 0o755), ("/tmp", 0o1777), ("/var/tmp", 0o1777), (settings.home.as_str(), 0o700)]
+    {
         let _ = fs::create_dir_all(folder);
         optional(
             &format!("set the mode of {folder}"),
             fs::set_permissions(folder, fs::Permissions::from_mode(mode)),
         );
     }
-    optional("set the host name", nix::unistd::sethostname("nestling").map_err(io::Error::from));
+    optional("set the host name", nix::unistd::sethostname(HOST_NAME).map_err(io::Error::from));
+    if settings.root.is_some() {
+        optional("hand control groups on", delegate_control_groups());
+        optional("give the machine its id", write_machine_id(Path::new(MACHINE_ID)));
+    }
     // 0x1 is IFF_UP (Linux: include/uapi/linux/if.h).
     optional("bring lo up", fs::write("/sys/class/net/lo/flags", "0x1"));
     let (soft, hard) = OPEN_FILES;
@@ -59,9 +81,7 @@ pub(crate) fn start(settings: &mut Settings) -> Result<(), String> {
         setrlimit(Resource::RLIMIT_NOFILE, soft, hard).map_err(io::Error::from),
     );
     fs::create_dir_all(&settings.work)
-        .map_err(|error| format!("cannot create {}: {error}", settings.work.display()))?;
-    settings.read_kernel_command_line(&fs::read_to_string("/proc/cmdline").unwrap_or_default());
-    load_modules()
+        .map_err(|error| format!("cannot create {}: {error}", settings.work.display()))
 }
 
 /// Makes this process the parent of its descendants' orphans, as PID 1 is by nature.
@@ -103,6 +123,25 @@ fn mount_at(kind: &str, place: &Path, options: Option<&str>) -> Result<(), Strin
     }
 }
 
+/// Lets whoever makes control groups in a job, such as a container runtime, use every controller.
+fn delegate_control_groups() -> io::Result<()> {
+    let folder = Path::new(CGROUPS);
+    for controller in fs::read_to_string(folder.join("cgroup.controllers"))?.split_whitespace() {
+        fs::write(folder.join("cgroup.subtree_control"), format!("+{controller}"))?;
+    }
+    Ok(())
+}
+
+/// Gives the machine an id of its own where the image has none (machine-id(5)): images are copied, ids are not.
+fn write_machine_id(path: &Path) -> io::Result<()> {
+    let is_id = |text: &str| text.len() == 32 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    if fs::read_to_string(path).is_ok_and(|text| is_id(text.trim())) {
+        return Ok(());
+    }
+    let id = fs::read_to_string("/proc/sys/kernel/random/uuid")?.trim().replace('-', "");
+    fs::write(path, format!("{id}\n"))
+}
+
 fn load_modules() -> Result<(), String> {
     let list = match fs::read_to_string(MODULES) {
         Ok(list) => list,
@@ -120,8 +159,27 @@ fn load_modules() -> Result<(), String> {
 }
 
 /// Reports what failed without being essential.
-fn optional(what: &str, result: io::Result<()>) {
+pub(crate) fn optional(what: &str, result: io::Result<()>) {
     if let Err(error) = result {
         eprintln!("nestling-agent: cannot {what}: {error}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_gets_an_id_only_where_there_is_none() {
+        let path = std::env::temp_dir().join(format!("nestling-machine-id-{}", std::process::id()));
+        for before in ["", "uninitialized\n", "short"] {
+            fs::write(&path, before).unwrap();
+            write_machine_id(&path).unwrap();
+            let id = fs::read_to_string(&path).unwrap();
+            assert!(id.len() == 33 && id.trim().bytes().all(|byte| byte.is_ascii_hexdigit()), "{id}");
+            write_machine_id(&path).unwrap();
+            assert_eq!(fs::read_to_string(&path).unwrap(), id);
+        }
+        fs::remove_file(&path).unwrap();
     }
 }
