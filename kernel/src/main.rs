@@ -12,6 +12,7 @@ mod drivers;
 mod hypervisor;
 mod memory;
 mod service;
+mod storage;
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
@@ -22,6 +23,7 @@ use memory::frames::FramePool;
 use service::Service;
 use service::entropy::RandomSource;
 use spin::Once;
+use storage::Storage;
 
 static FIRMWARE: Once<Firmware> = Once::new();
 
@@ -52,15 +54,27 @@ fn run(boot: &BootInfo, entry_tsc: u64) -> ! {
 }
 
 /// The rest of the boot order, on one vendor's virtualization.
-fn run_on<B: Backend>(boot: &BootInfo, frames: FramePool, clock: cpu::clock::Source, components: u64) -> ! {
+fn run_on<B: Backend>(
+    boot: &BootInfo,
+    mut frames: FramePool,
+    clock: cpu::clock::Source,
+    components: u64,
+) -> ! {
     let firmware = find_firmware(boot);
     cpu::barriers::init();
     let backend = B::enable().unwrap_or_else(|refusal| refuse(&refusal));
     report(firmware, clock, &frames, &backend);
-    let nic = drivers::nic::find(firmware).unwrap_or_else(|error| refuse(&error));
+    let bus = drivers::pci::Bus::find(firmware);
+    let nic = drivers::nic::find(bus.as_ref()).unwrap_or_else(|error| refuse(&error));
+    let disk = drivers::disk::find(bus.as_ref()).unwrap_or_else(|error| {
+        log::error!("{error}: the node goes on without a disk");
+        None
+    });
+    let mut storage = Storage::new(disk, &mut frames);
+    let images = service::find_images(&boot.modules, &mut storage, &mut frames);
     let mut random = RandomSource::gather(&nic.mac());
-    let fleet = Fleet::new(backend, frames, Box::new(random.fork()), components);
-    let service = Service::new(boot, nic, random).unwrap_or_else(|error| refuse(&error));
+    let fleet = Fleet::new(backend, frames, storage, Box::new(random.fork()), components);
+    let service = Service::new(boot, nic, random, images).unwrap_or_else(|error| refuse(&error));
     serve(service, fleet)
 }
 

@@ -94,6 +94,26 @@ fn every_frame_that_was_taken_is_counted_and_comes_back() {
 }
 
 #[test]
+fn memory_that_is_carved_out_is_in_one_piece_and_never_handed_out_again() {
+    let mut pool = pool_of(6);
+    let held = pool.large().unwrap();
+    while pool.clean_one() {}
+    let carved = pool.carve(LARGE_FRAME + 1).unwrap();
+    assert_eq!(carved.len() as u64, 2 * LARGE_FRAME);
+    carved.fill(1);
+    assert_eq!(pool.counts(), (3 * SMALL_PER_LARGE, 4 * SMALL_PER_LARGE));
+    assert!(
+        pool.carve(4 * LARGE_FRAME).is_none() && pool.carve(0).is_none() && pool.carve(u64::MAX).is_none()
+    );
+    let rest: Vec<_> = std::iter::from_fn(|| pool.large()).collect();
+    assert_eq!(rest.len(), 3);
+    assert!(rest.iter().all(|frame| !carved.as_ptr_range().contains(&(frame.address() as *const u8))));
+    assert!(carved.iter().all(|byte| *byte == 1));
+    rest.into_iter().chain([held]).for_each(|frame| pool.free_large(frame));
+    assert_eq!(pool.counts().0, 4 * SMALL_PER_LARGE);
+}
+
+#[test]
 fn an_empty_pool_refuses_and_no_two_owners_share_a_frame() {
     let mut pool = pool_of(1);
     let frames: Vec<_> = std::iter::from_fn(|| pool.small()).collect();

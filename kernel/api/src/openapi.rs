@@ -207,7 +207,7 @@ mod tests {
             condition: Some(Condition::Always),
         };
         fits("StepRequest", &step);
-        fits("MachineConfig", &MachineConfig::default());
+        fits("MachineConfig", &MachineConfig { disk_size_mib: Some(100), ..MachineConfig::default() });
         let request = JobRequest {
             name: Some("a".into()),
             image: Some("b".into()),
@@ -241,6 +241,8 @@ mod tests {
         assert_eq!(machine["mem_size_mib"]["minimum"], request::MIN_MEMORY_MIB);
         assert_eq!(machine["mem_size_mib"]["default"], default.mem_size_mib);
         assert_eq!(machine["vcpu_count"]["default"], default.vcpu_count);
+        assert_eq!(machine["disk_size_mib"]["minimum"], *request::DISK_MIB.start());
+        assert_eq!(machine["disk_size_mib"]["maximum"], *request::DISK_MIB.end());
     }
 
     #[test]

@@ -153,7 +153,19 @@ pub(crate) fn told_to_run(jobs: &mut JobStore, job: JobId) -> Vec<String> {
 
 /// The machine ends like this; the job as it is then.
 pub(crate) fn end(jobs: &mut JobStore, job: JobId, end: MachineEnd, now: Clock) -> Job {
+    end_with(jobs, job, end, None, now)
+}
+
+/// The machine ends like this, with this to say of its disk; the job as it is then.
+pub(crate) fn end_with(
+    jobs: &mut JobStore,
+    job: JobId,
+    end: MachineEnd,
+    disk_problem: Option<String>,
+    now: Clock,
+) -> Job {
     let report = MachineReport {
+        disk_problem,
         end,
         console_tail: "last words\n".into(),
         exits: [("hlt".to_string(), 3), ("cpuid".to_string(), 4)].into(),

@@ -62,6 +62,9 @@ pub struct MachineConfig {
     /// Memory in MiB, even, 64 up to the node's limit.
     #[serde(default = "default_mem_size_mib")]
     pub mem_size_mib: u32,
+    /// Free space on the machine's disk in MiB, for images that have one; default: what the image says, as far as the node has memory for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_size_mib: Option<u32>,
 }
 
 const fn one() -> u32 {
@@ -74,7 +77,7 @@ const fn default_mem_size_mib() -> u32 {
 
 impl Default for MachineConfig {
     fn default() -> Self {
-        Self { vcpu_count: one(), mem_size_mib: default_mem_size_mib() }
+        Self { vcpu_count: one(), mem_size_mib: default_mem_size_mib(), disk_size_mib: None }
     }
 }
 
@@ -502,7 +505,7 @@ pub struct Image {
     pub version: String,
     /// The kernel's command line.
     pub cmdline: String,
-    /// Bytes of kernel and initramfs.
+    /// Bytes of kernel, initramfs and disk.
     pub size_bytes: u64,
     /// SHA-256 of each file, in hexadecimal.
     pub sha256: BTreeMap<String, String>,

@@ -4,9 +4,8 @@ use alloc::boxed::Box;
 use alloc::string::String;
 use alloc::vec::Vec;
 
-use super::acpi::Firmware;
 use super::e1000::E1000;
-use super::pci::ConfigSpace;
+use super::pci::Bus;
 use super::virtio_net::VirtioNet;
 
 /// The longest Ethernet frame without its checksum: 1500 bytes of payload.
@@ -42,21 +41,20 @@ pub trait Nic {
 ///
 /// # Errors
 /// A message that names what was found and what to do.
-pub fn find(firmware: &Firmware) -> Result<Box<dyn Nic>, String> {
+pub fn find(bus: Option<&Bus>) -> Result<Box<dyn Nic>, String> {
     let advice = "give the VM a virtio-net or e1000 PCI device (QEMU: -device virtio-net-pci,netdev=... or \
                   -device e1000,netdev=...)";
-    let space = ConfigSpace::find(firmware).ok_or_else(|| alloc::format!("no PCI bus found; {advice}"))?;
-    let functions = space.functions();
-    functions.iter().for_each(|function| log::debug!("pci: {function}"));
+    let bus = bus.ok_or_else(|| alloc::format!("no PCI bus found; {advice}"))?;
+    let Bus { space, functions } = bus;
     let mut failures = Vec::new();
     for function in functions.iter().filter(|function| VirtioNet::drives(function)) {
-        match VirtioNet::new(space, function) {
+        match VirtioNet::new(*space, function) {
             Ok(nic) => return Ok(Box::new(nic)),
             Err(error) => failures.push(alloc::format!("virtio-net {function}: {error}")),
         }
     }
     for function in functions.iter().filter(|function| E1000::drives(function)) {
-        match E1000::new(space, function) {
+        match E1000::new(*space, function) {
             Ok(nic) => return Ok(Box::new(nic)),
             Err(error) => failures.push(alloc::format!("e1000 {function}: {error}")),
         }

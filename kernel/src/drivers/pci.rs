@@ -91,6 +91,26 @@ pub enum ConfigSpace {
     Window(ConfigWindow),
 }
 
+/// What is on the buses.
+#[derive(Debug)]
+pub struct Bus {
+    /// How configuration space is reached.
+    pub space: ConfigSpace,
+    /// Every function.
+    pub functions: Vec<Function>,
+}
+
+impl Bus {
+    /// Looks at all buses; `None` on a platform without PCI.
+    #[must_use]
+    pub fn find(firmware: &Firmware) -> Option<Self> {
+        let space = ConfigSpace::find(firmware)?;
+        let functions = space.functions();
+        functions.iter().for_each(|function| log::debug!("pci: {function}"));
+        Some(Self { space, functions })
+    }
+}
+
 impl ConfigSpace {
     /// The way this platform offers; `None` on a platform without PCI.
     #[must_use]

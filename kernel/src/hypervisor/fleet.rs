@@ -2,10 +2,11 @@
 
 use super::backend::{Backend, VendorVcpu};
 use super::exit::ExitCounts;
-use super::machine::{CreateError, End, Machine};
+use super::machine::{CreateError, End, Machine, Size};
 use super::run::{Node, Pause};
 use crate::cpu::{self, apic, clock, interrupts};
 use crate::memory::frames::{FramePool, LARGE_FRAME, SMALL_FRAME};
+use crate::storage::Storage;
 use alloc::boxed::Box;
 use alloc::string::String;
 use alloc::sync::Arc;
@@ -13,6 +14,7 @@ use alloc::vec::Vec;
 use nestling_machine::platform::linux::LinuxImage;
 use nestling_machine::platform::{Entropy, VsockHost};
 use nestling_machine::vcpu::{HostCpuid, emulate};
+use nestling_storage::volume::Volume;
 
 /// How long machines run at least between two rounds of the service that devices alone ask for.
 const LEAST_SLICE_NS: u64 = 300_000;
@@ -33,6 +35,8 @@ pub struct Remains {
     pub exits: ExitCounts,
     /// The most memory it had, in bytes.
     pub peak_bytes: u64,
+    /// What went wrong with its disk for want of memory.
+    pub disk_problem: Option<String>,
     /// The last of what it printed on its console.
     pub console: String,
 }
@@ -41,6 +45,7 @@ pub struct Remains {
 pub struct Fleet<B: Backend> {
     backend: B,
     pool: FramePool,
+    storage: Storage,
     entropy: Box<dyn Entropy>,
     host: Arc<HostCpuid>,
     components: u64,
@@ -55,12 +60,19 @@ pub struct Fleet<B: Backend> {
 
 impl<B: Backend> Fleet<B> {
     /// An empty fleet. `components` are the XSAVE components that [`crate::cpu::fpu::init`] found.
-    pub fn new(backend: B, pool: FramePool, entropy: Box<dyn Entropy>, components: u64) -> Self {
+    pub fn new(
+        backend: B,
+        pool: FramePool,
+        storage: Storage,
+        entropy: Box<dyn Entropy>,
+        components: u64,
+    ) -> Self {
         let host = Arc::new(HostCpuid::read(|leaf, subleaf| backend.cpuid(leaf, subleaf)));
         emulate::prepare();
         Self {
             backend,
             pool,
+            storage,
             entropy,
             host,
             components,
@@ -77,10 +89,10 @@ impl<B: Backend> Fleet<B> {
     ///
     /// # Errors
     /// [`CreateError`] when the node has too little memory or the image cannot boot.
-    pub fn create(&mut self, image: &LinuxImage<'_>, memory_mib: u32) -> Result<MachineId, CreateError> {
+    pub fn create(&mut self, image: &LinuxImage<'_>, size: &Size) -> Result<MachineId, CreateError> {
         self.unload();
         let machine =
-            Machine::new(&mut self.backend, &mut self.pool, &self.host, self.components, image, memory_mib)?;
+            Machine::new(&mut self.backend, &mut self.pool, &self.host, self.components, image, size)?;
         let id = MachineId(self.next);
         self.next += 1;
         self.machines.push((id, machine));
@@ -97,7 +109,8 @@ impl<B: Backend> Fleet<B> {
         let remains = Remains {
             end: machine.end(),
             exits: machine.exits,
-            peak_bytes: machine.ram.backed_bytes(),
+            peak_bytes: machine.memory_bytes(),
+            disk_problem: machine.volume.as_ref().and_then(Volume::problem),
             console: machine.platform.console().last_lines(CONSOLE_LINES).join("\n"),
         };
         self.past_exits.add(&machine.exits);
@@ -124,9 +137,9 @@ impl<B: Backend> Fleet<B> {
         self.machine(id).map(|machine| machine.platform.vsock())
     }
 
-    /// A machine's exits so far, and the bytes of RAM it has touched.
+    /// A machine's exits so far, and the bytes of memory behind its RAM and the changes on its disk.
     pub fn figures(&self, id: MachineId) -> Option<(ExitCounts, u64)> {
-        self.machine_ref(id).map(|machine| (machine.exits, machine.ram.backed_bytes()))
+        self.machine_ref(id).map(|machine| (machine.exits, machine.memory_bytes()))
     }
 
     /// Exits of all machines since boot.
@@ -154,14 +167,14 @@ impl<B: Backend> Fleet<B> {
     }
 
     /// Whether a machine of this size can be made now, with what others may still touch set aside for them.
-    pub fn fits(&self, memory_mib: u32) -> bool {
-        let promised: u64 = self.machines.iter().map(|(_, machine)| frames_needed(machine.memory_mib)).sum();
-        promised + frames_needed(memory_mib) <= self.pool.counts().1 as u64
+    pub fn fits(&self, size: &Size) -> bool {
+        let promised: u64 = self.machines.iter().map(|(_, machine)| frames_needed(&machine.size)).sum();
+        promised + frames_needed(size) <= self.pool.counts().1 as u64
     }
 
     /// Whether a machine of this size can be made when nothing else runs.
-    pub fn ever_fits(&self, memory_mib: u32) -> bool {
-        frames_needed(memory_mib) <= self.pool.counts().1 as u64
+    pub fn ever_fits(&self, size: &Size) -> bool {
+        frames_needed(size) <= self.pool.counts().1 as u64
     }
 
     /// The backend's optional features.
@@ -183,8 +196,13 @@ impl<B: Backend> Fleet<B> {
             let others = others.filter_map(|(_, (_, machine))| machine.deadline_ns());
             let wake = others.map(|wake| wake.max(earliest)).chain(deadline).min();
             let Some((_, machine)) = self.machines.get_mut(position) else { continue };
-            let mut node =
-                Node { pool: &mut self.pool, entropy: self.entropy.as_mut(), deadline: wake, earliest };
+            let mut node = Node {
+                pool: &mut self.pool,
+                storage: &mut self.storage,
+                entropy: self.entropy.as_mut(),
+                deadline: wake,
+                earliest,
+            };
             match machine.run(&mut node) {
                 Pause::Halted => {}
                 // The service has seen the end and waits for something else, such as a slow reader of the log.
@@ -202,7 +220,7 @@ impl<B: Backend> Fleet<B> {
     /// Nothing to run: frames are zeroed ahead, then the core waits.
     fn idle(&mut self, deadline: Option<u64>) {
         let timers = self.machines.iter().filter_map(|(_, machine)| machine.deadline_ns());
-        let wake = timers.chain(deadline).min();
+        let wake = timers.chain(deadline).chain(self.storage.deadline()).min();
         if interrupts::device_pending() || wake.is_some_and(|wake| wake <= clock::now_ns()) {
             return;
         }
@@ -235,7 +253,8 @@ impl<B: Backend> Fleet<B> {
     }
 }
 
-/// Frames of 4 KiB behind a machine at its largest: its RAM, and one large frame split for its nested page tables.
-fn frames_needed(memory_mib: u32) -> u64 {
-    ((u64::from(memory_mib) << 20) + LARGE_FRAME) / SMALL_FRAME
+/// Frames of 4 KiB behind a machine at its largest: its RAM, what it may change on its disk, and one large frame split for its nested page tables.
+fn frames_needed(size: &Size) -> u64 {
+    let overlay = size.disk.map_or(0, |disk| disk.overlay_bytes.next_multiple_of(LARGE_FRAME));
+    ((u64::from(size.memory_mib) << 20) + overlay + LARGE_FRAME) / SMALL_FRAME
 }

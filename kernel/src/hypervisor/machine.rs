@@ -8,14 +8,15 @@ use super::ram::{Ram, RamView};
 use crate::cpu::fpu::{self, XsaveArea};
 use crate::cpu::guest_registers::{self, BreakpointAddresses};
 use crate::cpu::{barriers, clock};
-use crate::memory::frames::FramePool;
+use crate::memory::frames::{FramePool, LARGE_FRAME, PrivateFrame};
 use alloc::string::String;
 use alloc::sync::Arc;
 use core::fmt;
 use nestling_machine::memory::MemoryError;
 use nestling_machine::platform::linux::{self, BootError, LinuxImage};
-use nestling_machine::platform::{MachineEnd, Platform, PlatformConfig};
+use nestling_machine::platform::{DiskConfig, MachineEnd, Platform, PlatformConfig};
 use nestling_machine::vcpu::{HostCpuid, Vcpu, VcpuConfig};
+use nestling_storage::volume::{Base, Volume};
 
 /// The context id every guest has on its own vsock.
 const GUEST_CID: u64 = 3;
@@ -36,6 +37,8 @@ pub enum End {
     WaitsForStartUp,
     /// The node ran out of frames for its RAM.
     OutOfFrames,
+    /// The node could not read what the machine's disk is made from.
+    Disk(String),
     /// The guest did what the hypervisor does not support; the text says what.
     Unsupported(String),
 }
@@ -50,6 +53,7 @@ impl fmt::Display for End {
                 f.write_str("the guest's CPU sent itself an INIT and no other CPU can start it again")
             }
             Self::OutOfFrames => f.write_str("the node has no free memory left for the guest"),
+            Self::Disk(reason) => write!(f, "the node could not read the image's disk: {reason}"),
             Self::Unsupported(what) => write!(f, "the guest did what nestling does not support: {what}"),
         }
     }
@@ -73,12 +77,34 @@ impl fmt::Display for CreateError {
     }
 }
 
+/// What a machine gets of the node.
+#[derive(Clone, Copy, Debug)]
+pub struct Size {
+    /// Its RAM in MiB.
+    pub memory_mib: u32,
+    /// Its disk, if it has one.
+    pub disk: Option<DiskSize>,
+}
+
+/// What a machine's disk is made from, and what it may grow to.
+#[derive(Clone, Copy, Debug)]
+pub struct DiskSize {
+    /// What it holds at first.
+    pub base: Base,
+    /// Its size in bytes.
+    pub bytes: u64,
+    /// The most memory for what the machine changes, in bytes.
+    pub overlay_bytes: u64,
+}
+
 /// A machine of one vCPU.
 pub struct Machine<B: Backend> {
     pub(super) hardware: B::Vcpu,
     pub(super) vcpu: Vcpu,
     pub(super) platform: Platform,
     pub(super) ram: Ram,
+    pub(super) volume: Option<Volume<PrivateFrame>>,
+    pub(super) seen_arrivals: u64,
     pub(super) nested: NestedTable<B::Entry>,
     pub(super) config_space: ConfigSpace,
     pub(super) xsave: XsaveArea,
@@ -87,7 +113,7 @@ pub struct Machine<B: Backend> {
     pub(super) halted: bool,
     pub(super) end: Option<End>,
     pub(super) end_seen: bool,
-    pub(super) memory_mib: u32,
+    pub(super) size: Size,
     pub(super) exits: ExitCounts,
     pub(super) last_exit: Option<Exit>,
     pub(super) exceptions_in_a_row: u32,
@@ -104,9 +130,9 @@ impl<B: Backend> Machine<B> {
         host: &Arc<HostCpuid>,
         components: u64,
         image: &LinuxImage<'_>,
-        memory_mib: u32,
+        size: &Size,
     ) -> Result<Self, CreateError> {
-        let ram_bytes = u64::from(memory_mib) << 20;
+        let ram_bytes = u64::from(size.memory_mib) << 20;
         let Some(nested) = NestedTable::new(pool) else { return Err(CreateError::OutOfFrames) };
         let mut ram = Ram::new(ram_bytes);
         let loaded = linux::load(&mut RamView { ram: &mut ram, pool }, image, ram_bytes, 1);
@@ -128,8 +154,13 @@ impl<B: Backend> Machine<B> {
         let mut machine = Self {
             hardware,
             vcpu: Vcpu::new(&VcpuConfig { id: 0, vcpu_count: 1, tsc_khz }, host),
-            platform: Platform::new(PlatformConfig { guest_cid: GUEST_CID }),
+            platform: Platform::new(PlatformConfig {
+                guest_cid: GUEST_CID,
+                disk: size.disk.map(|disk| DiskConfig { bytes: disk.bytes, queues: 1 }),
+            }),
             ram,
+            volume: size.disk.map(|disk| Volume::new(disk.base, disk.bytes, disk.overlay_bytes)),
+            seen_arrivals: 0,
             nested,
             config_space: ConfigSpace::new(),
             xsave: XsaveArea::new(components),
@@ -138,7 +169,7 @@ impl<B: Backend> Machine<B> {
             halted: false,
             end: None,
             end_seen: false,
-            memory_mib,
+            size: *size,
             exits: ExitCounts::default(),
             last_exit: None,
             exceptions_in_a_row: 0,
@@ -166,6 +197,15 @@ impl<B: Backend> Machine<B> {
         self.nested.free(pool);
         self.config_space.free(pool);
         self.ram.free(pool);
+        for slab in self.volume.into_iter().flat_map(Volume::into_slabs) {
+            pool.free_large(slab.into_frame());
+        }
+    }
+
+    /// Bytes of memory behind its RAM and the changes on its disk.
+    pub fn memory_bytes(&self) -> u64 {
+        let slabs = self.volume.as_ref().map_or(0, Volume::slabs);
+        self.ram.backed_bytes() + slabs as u64 * LARGE_FRAME
     }
 
     /// Why it ended, once it has.

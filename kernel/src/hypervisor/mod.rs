@@ -2,6 +2,7 @@
 
 mod backend;
 mod config_space;
+mod disk;
 mod exit;
 mod fleet;
 mod machine;
@@ -18,7 +19,7 @@ use nestling_machine::vcpu::HostCpuid;
 pub use backend::Backend;
 pub use exit::ExitCounts;
 pub use fleet::{Fleet, MachineId};
-pub use machine::{CreateError, End};
+pub use machine::{CreateError, DiskSize, End, Size};
 pub use svm::Svm;
 pub use vmx::Vmx;
 

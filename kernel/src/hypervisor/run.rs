@@ -2,17 +2,19 @@
 
 use super::backend::{Backend, TscOffset, VendorVcpu};
 use super::config_space;
+use super::disk::MachineDisk;
 use super::exit::{self, Exit};
 use super::machine::{End, Machine};
 use super::ram::RamView;
 use crate::cpu::{self, barriers, clock, fpu, guest_registers, interrupts};
-use crate::memory::frames::FramePool;
+use crate::memory::frames::{FramePool, PrivateFrame};
+use crate::storage::Storage;
 use alloc::format;
 use core::ops::RangeInclusive;
 use nestling_machine::address::{GuestPhysAddr, GuestTsc, MsrIndex, Vector};
 use nestling_machine::layout::LAPIC_BASE;
 use nestling_machine::memory::{GuestMemory, MemoryError};
-use nestling_machine::platform::{Entropy, Platform, VsockState};
+use nestling_machine::platform::{Entropy, Host, Platform, VsockState};
 use nestling_machine::state::{CpuState, Exception, Gpr};
 use nestling_machine::vcpu::emulate::{self, Bus, Emulation, Stop};
 use nestling_machine::vcpu::{Lapic, MsrEffect, Reception};
@@ -48,6 +50,8 @@ pub enum Pause {
 pub struct Node<'a> {
     /// Where new frames come from.
     pub pool: &'a mut FramePool,
+    /// The node's disk.
+    pub storage: &'a mut Storage,
     /// Randomness for the guest's entropy device.
     pub entropy: &'a mut dyn Entropy,
     /// When to come back at the latest, in nanoseconds since boot.
@@ -84,6 +88,10 @@ impl<B: Backend> Machine<B> {
             if self.vsock_progress() != seen || node.wants_service(self.halted) {
                 return Pause::Service;
             }
+            if self.platform.needs_poll() {
+                // A device has done a piece of its work and goes on.
+                continue;
+            }
             if self.halted {
                 return Pause::Halted;
             }
@@ -98,8 +106,26 @@ impl<B: Backend> Machine<B> {
     }
 
     fn poll_devices(&mut self, node: &mut Node<'_>) {
-        if self.platform.needs_poll() {
-            self.platform.poll(&mut RamView { ram: &mut self.ram, pool: node.pool }, node.entropy);
+        node.storage.poll();
+        if self.seen_arrivals != node.storage.arrivals() {
+            self.seen_arrivals = node.storage.arrivals();
+            self.platform.wake_disk();
+        }
+        if !self.platform.needs_poll() {
+            return;
+        }
+        let mut disk = MachineDisk { volume: self.volume.as_mut(), cache: &mut node.storage.cache };
+        let mut host = Host { entropy: node.entropy, disk: &mut disk };
+        self.platform.poll(&mut RamView { ram: &mut self.ram, pool: node.pool }, &mut host);
+        node.storage.poll();
+        if let Some(volume) = &mut self.volume {
+            if volume.wants_slab() {
+                volume.give_slab(node.pool.large().map(PrivateFrame::new));
+                self.platform.wake_disk();
+            }
+            if let Some(reason) = volume.fault() {
+                self.end.get_or_insert_with(|| End::Disk(reason.into()));
+            }
         }
     }
 

@@ -4,7 +4,7 @@
 //! dirty and are zeroed before anyone sees them again: in idle time where there is some, otherwise when they are handed out.
 
 use alloc::vec::Vec;
-use core::ptr;
+use core::{ptr, slice};
 
 /// Bytes of a large frame.
 pub const LARGE_FRAME: u64 = 2 << 20;
@@ -34,6 +34,37 @@ impl SmallFrame {
     /// Physical (and L1 virtual) address.
     pub const fn address(&self) -> u64 {
         self.0
+    }
+}
+
+/// A large frame that nobody but L1 reaches: it is mapped for no guest and given to no device.
+#[derive(Debug)]
+#[must_use = "a frame that is dropped is lost: give it back to the pool"]
+pub struct PrivateFrame(LargeFrame);
+
+impl PrivateFrame {
+    /// Takes a frame over that is mapped nowhere else.
+    pub const fn new(frame: LargeFrame) -> Self {
+        Self(frame)
+    }
+
+    /// The frame, to be given back.
+    pub const fn into_frame(self) -> LargeFrame {
+        self.0
+    }
+}
+
+impl AsRef<[u8]> for PrivateFrame {
+    fn as_ref(&self) -> &[u8] {
+        // SAFETY: the frame is this value's own, identity-mapped and initialised; it is borrowed through `self`.
+        unsafe { slice::from_raw_parts(self.0.address() as *const u8, LARGE_FRAME as usize) }
+    }
+}
+
+impl AsMut<[u8]> for PrivateFrame {
+    fn as_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `as_ref`.
+        unsafe { slice::from_raw_parts_mut(self.0.address() as *mut u8, LARGE_FRAME as usize) }
     }
 }
 
@@ -83,6 +114,25 @@ impl FramePool {
         let address = self.dirty.pop()?;
         zero(address, LARGE_FRAME);
         Some(LargeFrame(address))
+    }
+
+    /// Takes at least `bytes` of memory out of the pool for good, in one piece; `None` when no such piece is free. What it holds means nothing.
+    pub fn carve(&mut self, bytes: u64) -> Option<&'static mut [u8]> {
+        let count = usize::try_from(bytes.div_ceil(LARGE_FRAME)).ok().filter(|count| *count > 0)?;
+        let mut free: Vec<u64> = self.dirty.iter().chain(&self.clean).copied().collect();
+        free.sort_unstable();
+        let span = (count as u64 - 1) * LARGE_FRAME;
+        let start = free.windows(count).find_map(|run| match run {
+            [first, .., last] if last - first == span => Some(*first),
+            [only] => Some(*only),
+            _ => None,
+        })?;
+        let taken = start..start + span + LARGE_FRAME;
+        self.dirty.retain(|address| !taken.contains(address));
+        self.clean.retain(|address| !taken.contains(address));
+        self.total_large -= count;
+        // SAFETY: the frames were the pool's own, identity-mapped RAM that has some content, and are in no list any more.
+        Some(unsafe { slice::from_raw_parts_mut(start as *mut u8, (span + LARGE_FRAME) as usize) })
     }
 
     /// A zeroed 4 KiB frame; `None` when there is none.

@@ -17,7 +17,7 @@ use nestling_api::time::MILLISECOND;
 use nestling_api::types::{MachineConfig, WaitingFor};
 
 use super::images::Image;
-use super::machines::{CreateError, MachineSpec, Machines};
+use super::machines::{CreateError, DiskSpec, MachineSpec, Machines};
 
 /// How many bytes are carried in one step.
 const CHUNK: usize = 32 * 1024;
@@ -188,6 +188,11 @@ fn create<M: Machines>(job: &QueuedJob, images: &[Image], machines: &mut M) -> R
         command_line: &image.command_line,
         mem_size_mib: job.machine_config.mem_size_mib,
         vcpu_count: job.machine_config.vcpu_count,
+        disk: image.disk.map(|disk| DiskSpec {
+            base: disk.base,
+            free_mib: job.machine_config.disk_size_mib.unwrap_or(disk.free_mib),
+            asked_for: job.machine_config.disk_size_mib.is_some(),
+        }),
     })
 }
 

@@ -2,9 +2,9 @@
 
 #![forbid(unsafe_code)]
 
-use super::machines::{AgentLink, CreateError, HypervisorReport, MachineSpec, Machines};
+use super::machines::{AgentLink, CreateError, DiskSpec, HypervisorReport, MachineSpec, Machines};
 use crate::cpu::clock;
-use crate::hypervisor::{self, Backend, End, ExitCounts, Fleet, MachineId};
+use crate::hypervisor::{self, Backend, DiskSize, End, ExitCounts, Fleet, MachineId, Size};
 use crate::memory::frames::SMALL_FRAME;
 use crate::memory::heap;
 use alloc::collections::BTreeMap;
@@ -20,6 +20,36 @@ const MEMORY_STEP_MIB: u32 = 2;
 
 const MIB: u64 = 1 << 20;
 
+/// Unless a job asks for more, the changes on its machine's disk get one part of this many of all memory: several machines fit.
+const OVERLAY_SHARE: u64 = 8;
+/// The least that is worth while.
+const OVERLAY_LEAST_BYTES: u64 = 16 * MIB;
+
+/// The disk of a machine with `memory_mib` of RAM. What it may change is bounded by its free space, a tenth more for the tables and journals of
+/// file systems, so that a file system is full before the memory set aside for it is.
+fn disk_size<B: Backend>(fleet: &Fleet<B>, memory_mib: u32, spec: &DiskSpec) -> Result<DiskSize, String> {
+    let free_bytes = u64::from(spec.free_mib) * MIB;
+    let size =
+        |overlay_bytes| DiskSize { base: spec.base, bytes: spec.base.bytes() + free_bytes, overlay_bytes };
+    let fits = |overlay_bytes| fleet.ever_fits(&Size { memory_mib, disk: Some(size(overlay_bytes)) });
+    let mut overlay_bytes = free_bytes + free_bytes / 10 + OVERLAY_LEAST_BYTES;
+    if !spec.asked_for {
+        overlay_bytes = overlay_bytes.min(fleet.frames().1 as u64 * SMALL_FRAME / OVERLAY_SHARE);
+        while overlay_bytes > OVERLAY_LEAST_BYTES && !fits(overlay_bytes) {
+            overlay_bytes = (overlay_bytes / 2).max(OVERLAY_LEAST_BYTES);
+        }
+    }
+    if fits(overlay_bytes) {
+        return Ok(size(overlay_bytes));
+    }
+    Err(format!(
+        "machine_config: {memory_mib} MiB of memory and a disk of which {} MiB can change do not fit into this node's {} MiB; ask for less in \
+         machine_config.disk_size_mib or machine_config.mem_size_mib",
+        overlay_bytes / MIB,
+        fleet.frames().1 as u64 * SMALL_FRAME / MIB
+    ))
+}
+
 fn by_kind(exits: &ExitCounts) -> BTreeMap<String, u64> {
     exits.iter().map(|(kind, count)| (kind.to_string(), count)).collect()
 }
@@ -32,7 +62,7 @@ fn machine_end(end: End) -> MachineEnd {
             MachineEnd::DeviceFault(fault.to_string())
         }
         End::TripleFault => MachineEnd::TripleFault,
-        End::Halted | End::WaitsForStartUp | End::OutOfFrames | End::Unsupported(_) => {
+        End::Disk(_) | End::Halted | End::WaitsForStartUp | End::OutOfFrames | End::Unsupported(_) => {
             MachineEnd::InternalError(end.to_string())
         }
     }
@@ -55,15 +85,18 @@ impl<B: Backend> Machines for Fleet<B> {
                 spec.mem_size_mib
             )));
         }
+        let disk = spec.disk.map(|disk| disk_size(self, spec.mem_size_mib, &disk)).transpose();
+        let disk = disk.map_err(CreateError::Impossible)?;
+        let size = Size { memory_mib: spec.mem_size_mib, disk };
         if self.len() >= self.limit() {
             return Err(CreateError::Busy(WaitingFor::Machines));
         }
-        if !self.fits(spec.mem_size_mib) {
+        if !self.fits(&size) {
             return Err(CreateError::Busy(WaitingFor::Memory));
         }
         let image =
             LinuxImage { kernel: spec.kernel, initramfs: spec.initramfs, command_line: spec.command_line };
-        Self::create(self, &image, spec.mem_size_mib).map_err(|error| match error {
+        Self::create(self, &image, &size).map_err(|error| match error {
             hypervisor::CreateError::OutOfFrames => CreateError::Busy(WaitingFor::Memory),
             hypervisor::CreateError::Boot(_) => CreateError::Impossible(error.to_string()),
         })
@@ -92,6 +125,7 @@ impl<B: Backend> Machines for Fleet<B> {
                 console_tail: String::new(),
                 exits: BTreeMap::new(),
                 peak_mib: None,
+                disk_problem: None,
             };
         };
         MachineReport {
@@ -99,6 +133,7 @@ impl<B: Backend> Machines for Fleet<B> {
             console_tail: remains.console,
             exits: by_kind(&remains.exits),
             peak_mib: Some(remains.peak_bytes / MIB),
+            disk_problem: remains.disk_problem,
         }
     }
 
@@ -111,7 +146,7 @@ impl<B: Backend> Machines for Fleet<B> {
         let (_, total) = self.frames();
         let mut mib =
             u32::try_from((total as u64 * SMALL_FRAME) >> 20).unwrap_or(u32::MAX) & !(MEMORY_STEP_MIB - 1);
-        while mib > 0 && !self.ever_fits(mib) {
+        while mib > 0 && !self.ever_fits(&Size { memory_mib: mib, disk: None }) {
             mib -= MEMORY_STEP_MIB;
         }
         mib

@@ -7,6 +7,7 @@ use alloc::string::String;
 
 use nestling_api::jobs::{MachineEnd, MachineReport};
 use nestling_api::types::{HostMemory, Vendor, WaitingFor};
+use nestling_storage::volume::Base;
 
 /// What a machine is made from.
 #[derive(Debug, Clone, Copy)]
@@ -21,6 +22,19 @@ pub struct MachineSpec<'a> {
     pub mem_size_mib: u32,
     /// Virtual processors.
     pub vcpu_count: u32,
+    /// Its disk, if it has one.
+    pub disk: Option<DiskSpec>,
+}
+
+/// What a machine's disk is made from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DiskSpec {
+    /// What it holds at first.
+    pub base: Base,
+    /// Free space behind that, in MiB.
+    pub free_mib: u32,
+    /// The job asked for this much itself: memory for all of it is set aside.
+    pub asked_for: bool,
 }
 
 /// Why there is no machine.

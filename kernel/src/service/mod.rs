@@ -25,10 +25,12 @@ use nestling_api::{Api, ApiConfig, Clock, Limits};
 use crate::boot::BootInfo;
 use crate::cpu::clock;
 use crate::drivers::nic::Nic;
+use crate::memory::frames::{FramePool, SMALL_FRAME};
+use crate::storage::Storage;
 use engine::Engine;
 use entropy::RandomSource;
 use http_server::HttpServer;
-use images::Image;
+use images::{Catalog, Image};
 use machines::Machines;
 use node::NodeView;
 use settings::Settings;
@@ -67,23 +69,44 @@ struct Network {
     server: HttpServer,
 }
 
+/// The images of a node, from its boot modules and from its disk. Kernels and initramfses from the disk are kept in memory that is taken out of
+/// `frames`, at most a quarter of it.
+pub fn find_images(modules: &[&'static [u8]], storage: &mut Storage, frames: &mut FramePool) -> Vec<Image> {
+    let mut catalog = Catalog::default();
+    for (index, module) in modules.iter().enumerate() {
+        catalog.add_module(index, module);
+    }
+    if storage.has_disk() {
+        let mut left = frames.counts().1 as u64 * SMALL_FRAME / 4;
+        catalog.add_disk(storage, &mut |bytes| {
+            left = left.checked_sub(bytes)?;
+            frames.carve(bytes)
+        });
+    }
+    catalog.problems.iter().for_each(|problem| log::warn!("{problem}"));
+    if catalog.images.is_empty() {
+        log::warn!(
+            "no image to boot machines from: give one as boot module (QEMU: -initrd target/images/minimal.tar) or on a disk"
+        );
+    }
+    for image in &catalog.images {
+        log::info!("image {} {}, {} KiB", image.name, image.version, image.bytes() / 1024);
+    }
+    catalog.images
+}
+
 impl<Id: Copy> Service<Id> {
     /// Sets up the node's I/O.
     ///
     /// # Errors
     /// What is wrong with the command line, for the operator.
-    pub fn new(boot: &BootInfo, nic: Box<dyn Nic>, mut random: RandomSource) -> Result<Self, String> {
+    pub fn new(
+        boot: &BootInfo,
+        nic: Box<dyn Nic>,
+        mut random: RandomSource,
+        images: Vec<Image>,
+    ) -> Result<Self, String> {
         let settings = Settings::read(&boot.command_line)?;
-        let (images, problems) = images::load(&boot.modules);
-        problems.iter().for_each(|problem| log::warn!("{problem}"));
-        if images.is_empty() {
-            log::warn!(
-                "no image to boot machines from: give one as boot module (QEMU: -initrd target/images/minimal.tar)"
-            );
-        }
-        for image in &images {
-            log::info!("image {} {}, {} KiB", image.name, image.version, image.bytes() / 1024);
-        }
         if settings.token.is_none() {
             log::warn!("auth=off: everybody who reaches this node may run jobs on it");
         }

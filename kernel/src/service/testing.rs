@@ -30,6 +30,7 @@ pub fn image(name: &str) -> Image {
         initramfs: b"initramfs",
         command_line: "quiet".into(),
         sha256: BTreeMap::new(),
+        disk: None,
     }
 }
 
@@ -135,7 +136,7 @@ impl Machines for FakeMachines {
         assert!(self.alive.remove(&id).is_some(), "machine {id} was destroyed twice");
         let end = self.ended.remove(&id).unwrap_or(MachineEnd::Destroyed);
         let (exits, peak_mib) = self.figures(id);
-        MachineReport { end, console_tail: "the last line".into(), exits, peak_mib }
+        MachineReport { end, console_tail: "the last line".into(), exits, peak_mib, disk_problem: None }
     }
 
     fn limit(&self) -> usize {

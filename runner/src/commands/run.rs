@@ -115,6 +115,7 @@ fn request(options: &Run, variable: impl Fn(&str) -> Option<String>) -> Result<J
     let machine_config = (options.vcpus.is_some() || options.memory.is_some()).then(|| MachineConfig {
         vcpu_count: options.vcpus.unwrap_or(default.vcpu_count),
         mem_size_mib: options.memory.unwrap_or(default.mem_size_mib),
+        ..default
     });
     Ok(JobRequest {
         name: options.name.clone(),
@@ -370,7 +371,10 @@ mod tests {
         let full =
             request_of(&["--memory", "512", "--timeout", "10m", "--name", "n", "--label", "l", "--", "true"])
                 .unwrap();
-        assert_eq!(full.machine_config, Some(MachineConfig { vcpu_count: 1, mem_size_mib: 512 }));
+        assert_eq!(
+            full.machine_config,
+            Some(MachineConfig { vcpu_count: 1, mem_size_mib: 512, disk_size_mib: None })
+        );
         assert_eq!(
             (full.timeout_seconds, full.name, full.labels),
             (Some(600), Some("n".into()), vec!["l".into()])

@@ -180,7 +180,7 @@ impl Loop {
             agent.join().unwrap();
             let console_tail = "[    1.000000] the console's\n[    2.000000] last lines".to_owned();
             let exits = BTreeMap::from([("cpuid".to_owned(), 7)]);
-            let report = MachineReport { end, console_tail, exits, peak_mib: Some(64) };
+            let report = MachineReport { end, console_tail, exits, peak_mib: Some(64), disk_problem: None };
             self.api.jobs.machine_ended(id, report, self.node.now());
         }
     }

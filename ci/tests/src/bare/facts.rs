@@ -42,7 +42,11 @@ pub fn start(node: &RunningBed, image: &str) -> Job {
     let request = JobRequest {
         image: Some(image.to_owned()),
         timeout_seconds: Some(TIMEOUT_SECONDS),
-        machine_config: Some(MachineConfig { vcpu_count: 1, mem_size_mib: layout::MEMORY_MIB }),
+        machine_config: Some(MachineConfig {
+            vcpu_count: 1,
+            mem_size_mib: layout::MEMORY_MIB,
+            ..MachineConfig::default()
+        }),
         ..job("no agent will run this")
     };
     create(node, &request)

@@ -151,7 +151,8 @@ fn a_running_job_can_be_cancelled_once() {
 fn a_job_the_node_has_no_memory_for_waits_and_can_be_cancelled_in_the_queue() {
     let node = NODE.get();
     let most = u32::try_from(memory(node).total_frames / 256).unwrap();
-    let machine_config = Some(MachineConfig { vcpu_count: 1, mem_size_mib: most * 6 / 10 / 2 * 2 });
+    let machine_config =
+        Some(MachineConfig { mem_size_mib: most * 6 / 10 / 2 * 2, ..MachineConfig::default() });
     let first = create(node, &JobRequest { machine_config, ..job("sleep 1000") }).id;
     wait_until(node, &first, |job| job.status == Status::InProgress);
     let second = create(node, &JobRequest { machine_config, ..job("echo never") });

@@ -65,6 +65,8 @@ pub struct MachineReport {
     pub exits: BTreeMap<String, u64>,
     /// Most MiB of the node's memory that backed it at once.
     pub peak_mib: Option<u64>,
+    /// What went wrong with its disk, which may be why a step failed.
+    pub disk_problem: Option<String>,
 }
 
 impl JobStore {
@@ -224,6 +226,11 @@ impl JobStore {
                 (verdict.conclusion, verdict.reason.unwrap_or_default())
             }
             None => (Conclusion::SystemFailure, format!("{}{place}", describe(&report.end))),
+        };
+        let reason = match report.disk_problem {
+            Some(problem) if conclusion != Conclusion::Success && reason.is_empty() => problem,
+            Some(problem) if conclusion != Conclusion::Success => format!("{reason}; {problem}"),
+            _ => reason,
         };
         if conclusion == Conclusion::SystemFailure && !report.console_tail.is_empty() {
             record.job.console = Some(tail(&report.console_tail));

@@ -31,6 +31,8 @@ pub const MAX_ENV_VALUE: usize = 127 * 1024;
 pub const MAX_TIMEOUT_SECONDS: u32 = 86_400;
 /// Smallest machine, in MiB.
 pub const MIN_MEMORY_MIB: u32 = 64;
+/// Free space a machine's disk may have, in MiB.
+pub const DISK_MIB: core::ops::RangeInclusive<u32> = 16..=1 << 20;
 /// A machine's memory is a multiple of this, in MiB: it is made of large pages.
 pub const MEMORY_STEP_MIB: u32 = 2;
 /// Most wrong fields named in one answer.
@@ -236,6 +238,10 @@ impl Check {
             let message = format!("is {memory}; this node has {max_memory_mib} MiB for a machine at most");
             self.add("machine_config.mem_size_mib", message);
         }
+        if let Some(disk) = config.disk_size_mib.filter(|disk| !DISK_MIB.contains(disk)) {
+            let (least, most) = (DISK_MIB.start(), DISK_MIB.end());
+            self.add("machine_config.disk_size_mib", format!("is {disk}; give {least} to {most} MiB"));
+        }
     }
 
     fn env(&mut self, field: &str, env: &BTreeMap<String, String>) {
@@ -340,7 +346,10 @@ mod tests {
             (plan.name.as_str(), plan.image.as_str(), plan.timeout_seconds),
             ("make all", "minimal", 3600)
         );
-        assert_eq!(plan.machine_config, MachineConfig { vcpu_count: 1, mem_size_mib: 256 });
+        assert_eq!(
+            plan.machine_config,
+            MachineConfig { vcpu_count: 1, mem_size_mib: 256, disk_size_mib: None }
+        );
         assert_eq!(plan.steps[0].name.as_deref(), Some("make all"));
     }
 
@@ -348,7 +357,10 @@ mod tests {
     fn a_partial_machine_config_keeps_the_other_default() {
         let plan =
             planned(&json!({"steps": [{"run": "a"}], "machine_config": {"mem_size_mib": 64}})).unwrap();
-        assert_eq!(plan.machine_config, MachineConfig { vcpu_count: 1, mem_size_mib: 64 });
+        assert_eq!(
+            plan.machine_config,
+            MachineConfig { vcpu_count: 1, mem_size_mib: 64, disk_size_mib: None }
+        );
     }
 
     #[test]
@@ -414,7 +426,11 @@ mod tests {
         );
         refused_once(&json!({"steps": [{"run": "a", "with": {}}]}), "steps[0].with", "unknown field");
         let config = json!({"steps": [{"run": "a"}], "machine_config": {"vcpus": 1}});
-        refused_once(&config, "machine_config.vcpus", "expected `vcpu_count` or `mem_size_mib`");
+        refused_once(
+            &config,
+            "machine_config.vcpus",
+            "expected one of `vcpu_count`, `mem_size_mib`, `disk_size_mib`",
+        );
     }
 
     #[test]
@@ -484,6 +500,11 @@ mod tests {
                 json!({"steps": [step], "machine_config": {"mem_size_mib": 63}}),
                 "machine_config.mem_size_mib",
                 "at least 64",
+            ),
+            (
+                json!({"steps": [step], "machine_config": {"disk_size_mib": 15}}),
+                "machine_config.disk_size_mib",
+                "give 16 to 1048576",
             ),
             (
                 json!({"steps": [step], "machine_config": {"mem_size_mib": 255}}),

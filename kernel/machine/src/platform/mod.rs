@@ -25,13 +25,14 @@ use alloc::string::String;
 use core::fmt;
 
 pub use console::{CONSOLE_TAIL_BYTES, ConsoleTail};
-pub use virtio::{VsockHost, VsockState};
+pub use virtio::{Disk, DiskConfig, Progress, VsockHost, VsockState};
 
 use cmos::Cmos;
 use ioapic::IoApic;
 use outbox::Outbox;
 use pci::{Function, Space};
 use serial::Serial;
+use virtio::blk::Blk;
 use virtio::rng::Rng;
 use virtio::transport::{IO_BAR_BYTES, MSIX_BAR_BYTES, VirtioPci};
 use virtio::vsock::Vsock;
@@ -40,6 +41,7 @@ use virtio::vsock::Vsock;
 /// is found by ACPI, and Linux would spend 70 exits on it.
 const VSOCK_FUNCTION: u64 = 0x08;
 const RNG_FUNCTION: u64 = 0x10;
+const DISK_FUNCTION: u64 = 0x20;
 const UART_LAST_PORT: u16 = layout::UART_PORT + 7;
 const IOAPIC_BYTES: u64 = 4096;
 
@@ -49,11 +51,21 @@ pub trait Entropy {
     fn fill(&mut self, into: &mut [u8]);
 }
 
+/// What a machine's devices need of their host while they work.
+pub struct Host<'a> {
+    /// Randomness.
+    pub entropy: &'a mut dyn Entropy,
+    /// What stands behind the disk of a machine that has one.
+    pub disk: &'a mut dyn Disk,
+}
+
 /// What a machine's platform is made of.
 #[derive(Clone, Copy, Debug)]
 pub struct PlatformConfig {
     /// The guest's vsock context id, 3 or more.
     pub guest_cid: u64,
+    /// Its disk, if it has one.
+    pub disk: Option<DiskConfig>,
 }
 
 /// Why a machine ended.
@@ -89,6 +101,7 @@ impl fmt::Display for MachineEnd {
 pub struct Platform {
     vsock: VirtioPci<Vsock>,
     rng: VirtioPci<Rng>,
+    disk: Option<VirtioPci<Blk>>,
     serial: Serial,
     cmos: Cmos,
     ioapic: IoApic,
@@ -99,12 +112,13 @@ pub struct Platform {
 impl Platform {
     /// The devices of a machine that has just been switched on.
     pub fn new(config: PlatformConfig) -> Self {
-        // PCI devices 1 and 2, whose BARs are placed behind each other.
+        // PCI devices 1, 2 and 4, whose BARs are placed behind each other.
         let io = |slot: u16| layout::PCI_IO_BASE + slot * IO_BAR_BYTES as u16;
         let memory = |slot: u32| layout::PCI_MMIO_BASE as u32 + slot * MSIX_BAR_BYTES;
         Self {
             vsock: VirtioPci::new(Vsock::new(config.guest_cid), io(1), memory(1)),
             rng: VirtioPci::new(Rng::default(), io(2), memory(2)),
+            disk: config.disk.map(|disk| VirtioPci::new(Blk::new(disk), io(4), memory(4))),
             serial: Serial::default(),
             cmos: Cmos::default(),
             ioapic: IoApic::default(),
@@ -138,8 +152,9 @@ impl Platform {
 
     /// The PCI function that decodes `address`, with the BAR and the offset in it.
     fn find_bar(&mut self, space: Space, address: u32) -> Option<(&mut dyn Function, usize, u32)> {
-        let functions: [&mut dyn Function; 2] = [&mut self.vsock, &mut self.rng];
-        functions.into_iter().find_map(|function| {
+        let disk = self.disk.as_mut().map(|disk| disk as &mut dyn Function);
+        let functions: [Option<&mut dyn Function>; 3] = [Some(&mut self.vsock), Some(&mut self.rng), disk];
+        functions.into_iter().flatten().find_map(|function| {
             let (bar, offset) = function.decode(space, address)?;
             Some((function, bar, offset))
         })
@@ -164,6 +179,7 @@ impl Platform {
         let function: &mut dyn Function = match offset >> 12 {
             VSOCK_FUNCTION => &mut self.vsock,
             RNG_FUNCTION => &mut self.rng,
+            DISK_FUNCTION => self.disk.as_mut()?,
             _ => return None,
         };
         Some((function, register))
@@ -175,14 +191,16 @@ impl Platform {
         let bytes = match offset >> 12 {
             VSOCK_FUNCTION => self.vsock.config_bytes(),
             RNG_FUNCTION => self.rng.config_bytes(),
+            DISK_FUNCTION if let Some(disk) = &self.disk => disk.config_bytes(),
             _ => return ConfigPage::Nothing,
         };
         bytes.map_or(ConfigPage::HasEffects, ConfigPage::Bytes)
     }
 
     fn notice_faults(&mut self) {
-        let functions: [&dyn Function; 2] = [&self.vsock, &self.rng];
-        let fault = functions.into_iter().find_map(Function::fault);
+        let disk = self.disk.as_ref().map(|disk| disk as &dyn Function);
+        let functions: [Option<&dyn Function>; 3] = [Some(&self.vsock), Some(&self.rng), disk];
+        let fault = functions.into_iter().flatten().find_map(Function::fault);
         let fault = fault.map(|(device, reason)| MachineEnd::DeviceFault { device, reason: reason.into() });
         if self.end.is_none() {
             self.end = fault;
@@ -267,14 +285,24 @@ impl Platform {
 
     /// Whether [`Self::poll`] has something to do.
     pub fn needs_poll(&self) -> bool {
-        self.vsock.has_work() || self.rng.has_work()
+        self.vsock.has_work() || self.rng.has_work() || self.disk.as_ref().is_some_and(VirtioPci::has_work)
     }
 
     /// Works on the queues the guest has filled, and moves bytes the host has for the guest. Cheap when there is nothing to do.
-    pub fn poll(&mut self, memory: &mut dyn GuestMemory, entropy: &mut dyn Entropy) {
-        self.vsock.work(memory, entropy, &mut self.interrupts);
-        self.rng.work(memory, entropy, &mut self.interrupts);
+    pub fn poll(&mut self, memory: &mut dyn GuestMemory, host: &mut Host<'_>) {
+        self.vsock.work(memory, host, &mut self.interrupts);
+        self.rng.work(memory, host, &mut self.interrupts);
+        if let Some(disk) = &mut self.disk {
+            disk.work(memory, host, &mut self.interrupts);
+        }
         self.notice_faults();
+    }
+
+    /// The disk has something for requests that wait.
+    pub fn wake_disk(&mut self) {
+        if let Some(disk) = &mut self.disk {
+            disk.device.wake();
+        }
     }
 
     /// The next interrupt message to deliver to a local APIC: from MSI-X or the I/O APIC.

@@ -1,11 +1,11 @@
-use super::testing::Counting;
+use super::testing::{Counting, MemoryDisk};
 use super::*;
 use crate::testing::Ram;
 use proptest::prelude::*;
 use virtio::driver::Guest;
 
 fn platform() -> Platform {
-    Platform::new(PlatformConfig { guest_cid: 3 })
+    Platform::new(PlatformConfig { guest_cid: 3, disk: None })
 }
 
 #[test]
@@ -206,7 +206,8 @@ proptest! {
         for step in &steps {
             perform(&mut platform, &mut ram, step);
             for _ in 0..4 {
-                platform.poll(&mut ram, &mut Counting::default());
+                let (mut entropy, mut disk) = (Counting::default(), MemoryDisk::new(0));
+                platform.poll(&mut ram, &mut Host { entropy: &mut entropy, disk: &mut disk });
             }
             prop_assert!(!platform.needs_poll());
             prop_assert!(platform.vsock().readable() <= virtio::RECEIVE_BUFFER_BYTES);

@@ -304,3 +304,23 @@ fn an_agent_that_hangs_up_gives_its_machine_2_s_to_say_why() {
     let done = finish(&mut jobs, job, at(2100));
     assert_eq!(done.failure_reason.as_deref(), Some("the agent closed its connection during step 1 (a)"));
 }
+
+#[test]
+fn a_full_disk_is_told_with_a_failure_and_not_with_a_success() {
+    for (code, wanted) in [(1, Some("step 1 (one) exited with 1; overlay full: 7 MiB written")), (0, None)] {
+        let mut jobs = store();
+        let job = create(&mut jobs, 1, steps(vec![step("one")]), at(0));
+        jobs.start(job, at(1));
+        jobs.agent_connected(job);
+        say(&mut jobs, job, &hello(), at(2));
+        run(&mut jobs, job, 0, code);
+        let problem = Some("overlay full: 7 MiB written".into());
+        let done = end_with(&mut jobs, job, MachineEnd::Destroyed, problem, at(3));
+        assert_eq!(done.failure_reason.as_deref(), wanted);
+    }
+    let mut jobs = store();
+    let job = create(&mut jobs, 1, steps(vec![step("one")]), at(0));
+    jobs.start(job, at(1));
+    let done = end_with(&mut jobs, job, MachineEnd::Reset, Some("overlay full".into()), at(2));
+    assert!(done.failure_reason.unwrap().ends_with("; overlay full"));
+}

@@ -4,8 +4,8 @@ use crate::address::GuestPhysAddr;
 use crate::interrupt::MsiMessage;
 use crate::layout;
 use crate::memory::GuestMemory;
-use crate::platform::testing::Counting;
-use crate::platform::{Platform, PlatformConfig};
+use crate::platform::testing::{Counting, MemoryDisk};
+use crate::platform::{DiskConfig, Host, Platform, PlatformConfig};
 use crate::testing::Ram;
 use alloc::vec;
 use alloc::vec::Vec;
@@ -25,6 +25,7 @@ pub(in crate::platform) struct Guest {
     pub(in crate::platform) platform: Platform,
     pub(in crate::platform) ram: Ram,
     pub(in crate::platform) entropy: Counting,
+    pub(in crate::platform) disk: MemoryDisk,
     next_buffer: u64,
 }
 
@@ -52,17 +53,25 @@ pub(in crate::platform) struct DriverQueue {
 
 impl Guest {
     pub(in crate::platform) fn new() -> Self {
+        Self::with_disk(0, 0)
+    }
+
+    /// A machine with a disk of `bytes` with `queues` queues; without one if it has none.
+    pub(in crate::platform) fn with_disk(bytes: usize, queues: u16) -> Self {
+        let disk = (queues > 0).then_some(DiskConfig { bytes: bytes as u64, queues });
         Self {
-            platform: Platform::new(PlatformConfig { guest_cid: GUEST_CID }),
+            platform: Platform::new(PlatformConfig { guest_cid: GUEST_CID, disk }),
             ram: Ram::new(RAM_BYTES),
             entropy: Counting::default(),
+            disk: MemoryDisk::new(bytes),
             next_buffer: BUFFERS_AT,
         }
     }
 
     pub(in crate::platform) fn poll(&mut self) {
         while self.platform.needs_poll() {
-            self.platform.poll(&mut self.ram, &mut self.entropy);
+            let mut host = Host { entropy: &mut self.entropy, disk: &mut self.disk };
+            self.platform.poll(&mut self.ram, &mut host);
         }
     }
 

@@ -5,7 +5,7 @@
 use super::queue::{Chain, Queue, QueueError};
 use super::transport::VirtioDevice;
 use crate::memory::GuestMemory;
-use crate::platform::Entropy;
+use crate::platform::{Entropy, Host};
 
 const QUEUE_SIZE: u16 = 8;
 /// The most bytes given for one request; the device may give fewer than asked for.
@@ -40,9 +40,15 @@ impl VirtioDevice for Rng {
     const ID: u16 = 4;
     // No class of its own.
     const CLASS: [u8; 3] = [0xFF, 0x00, 0x00];
-    const VECTORS: u16 = 2;
-    const QUEUES: &'static [u16] = &[QUEUE_SIZE];
     const CONFIG_BYTES: u32 = 0;
+
+    fn vectors(&self) -> u16 {
+        2
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE]
+    }
 
     fn config_byte(&self, _offset: u32) -> u8 {
         0
@@ -69,7 +75,7 @@ impl VirtioDevice for Rng {
         &mut self,
         queues: &mut [Queue],
         memory: &mut dyn GuestMemory,
-        entropy: &mut dyn Entropy,
+        host: &mut Host<'_>,
     ) -> Result<(), QueueError> {
         self.notified = false;
         let [queue] = queues else { return Ok(()) };
@@ -81,7 +87,7 @@ impl VirtioDevice for Rng {
                 }
                 continue;
             }
-            let filled = self.fill(memory, entropy)?;
+            let filled = self.fill(memory, host.entropy)?;
             queue.push_used(memory, self.chain.head(), filled)?;
         }
         self.notified = true;

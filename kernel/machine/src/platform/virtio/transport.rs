@@ -8,7 +8,7 @@
 
 use super::queue::{NO_VECTOR, Queue, QueueError};
 use crate::memory::GuestMemory;
-use crate::platform::Entropy;
+use crate::platform::Host;
 use crate::platform::msix::{self, Msix};
 use crate::platform::outbox::Outbox;
 use crate::platform::pci::{CONFIG_BYTES, ConfigSpace, Function, Identity, Space};
@@ -64,12 +64,19 @@ pub(in crate::platform) trait VirtioDevice {
     const ID: u16;
     /// PCI class.
     const CLASS: [u8; 3];
-    /// MSI-X vectors. One is for configuration changes; with fewer others than queues, the driver lets queues share one.
-    const VECTORS: u16;
-    /// The most descriptors of each queue, powers of two.
-    const QUEUES: &'static [u16];
     /// Bytes of the device-specific configuration.
     const CONFIG_BYTES: u32;
+
+    /// MSI-X vectors. One is for configuration changes; with fewer others than queues, the driver lets queues share one.
+    fn vectors(&self) -> u16;
+
+    /// The most descriptors of each queue, powers of two.
+    fn queue_sizes(&self) -> &[u16];
+
+    /// Feature bits of the device's own.
+    fn features(&self) -> u64 {
+        0
+    }
 
     /// The device-specific configuration's byte at `offset`.
     fn config_byte(&self, offset: u32) -> u8;
@@ -91,7 +98,7 @@ pub(in crate::platform) trait VirtioDevice {
         &mut self,
         queues: &mut [Queue],
         memory: &mut dyn GuestMemory,
-        entropy: &mut dyn Entropy,
+        host: &mut Host<'_>,
     ) -> Result<(), QueueError>;
 }
 
@@ -128,7 +135,7 @@ impl<D: VirtioDevice> VirtioPci<D> {
         config.add_bar(IO_BAR, Space::Io, IO_BAR_BYTES, io.into());
         config.add_bar(MSIX_BAR, Space::Memory, MSIX_BAR_BYTES, memory);
 
-        let msix = Msix::new(D::VECTORS);
+        let msix = Msix::new(device.vectors());
         let table_size = (msix.vectors() - 1).to_le_bytes();
         let table = (MSIX_TABLE | MSIX_BAR as u32).to_le_bytes();
         let pending = (MSIX_PENDING | MSIX_BAR as u32).to_le_bytes();
@@ -137,7 +144,7 @@ impl<D: VirtioDevice> VirtioPci<D> {
         let control = (msix::CONTROL_ENABLE | msix::CONTROL_FUNCTION_MASK).to_le_bytes();
         config.allow(msix_capability + 2, &control);
 
-        let notify_bytes = D::QUEUES.len() as u32 * NOTIFY_MULTIPLIER;
+        let notify_bytes = device.queue_sizes().len() as u32 * NOTIFY_MULTIPLIER;
         add_structure(&mut config, TYPE_COMMON, COMMON, COMMON_BYTES, &[]);
         add_structure(&mut config, TYPE_NOTIFY, NOTIFY, notify_bytes, &NOTIFY_MULTIPLIER.to_le_bytes());
         add_structure(&mut config, TYPE_ISR, ISR, ISR_BYTES, &[]);
@@ -149,7 +156,7 @@ impl<D: VirtioDevice> VirtioPci<D> {
         config.allow(access_capability + 4, &[0xFF]);
         config.allow(access_capability + 8, &[0xFF; 12]);
 
-        let queues = (0..).zip(D::QUEUES).map(|(index, &size)| Queue::new(index, size)).collect();
+        let queues = (0..).zip(device.queue_sizes()).map(|(index, &size)| Queue::new(index, size)).collect();
         Self {
             device,
             config,
@@ -189,11 +196,11 @@ impl<D: VirtioDevice> VirtioPci<D> {
     pub(in crate::platform) fn work(
         &mut self,
         memory: &mut dyn GuestMemory,
-        entropy: &mut dyn Entropy,
+        host: &mut Host<'_>,
         out: &mut Outbox,
     ) {
         if self.has_work()
-            && let Err(error) = self.try_work(memory, entropy, out)
+            && let Err(error) = self.try_work(memory, host, out)
         {
             self.fail(&error, out);
         }
@@ -202,13 +209,13 @@ impl<D: VirtioDevice> VirtioPci<D> {
     fn try_work(
         &mut self,
         memory: &mut dyn GuestMemory,
-        entropy: &mut dyn Entropy,
+        host: &mut Host<'_>,
         out: &mut Outbox,
     ) -> Result<(), QueueError> {
         if core::mem::take(&mut self.starting) {
             self.device.start(&mut self.queues, memory)?;
         }
-        self.device.work(&mut self.queues, memory, entropy)?;
+        self.device.work(&mut self.queues, memory, host)?;
         for queue in &mut self.queues {
             if queue.take_signal(memory)? {
                 self.isr |= ISR_QUEUE;
@@ -235,8 +242,8 @@ impl<D: VirtioDevice> VirtioPci<D> {
         valid.then_some((bar, offset, length))
     }
 
-    const fn features() -> u64 {
-        TRANSPORT_FEATURES
+    fn features(&self) -> u64 {
+        TRANSPORT_FEATURES | self.device.features()
     }
 
     fn selected(&mut self) -> Option<&mut Queue> {
@@ -248,7 +255,7 @@ impl<D: VirtioDevice> VirtioPci<D> {
     fn common_read(&mut self, offset: u32, width: u8) -> u32 {
         match (offset, width) {
             (0x00, 4) => self.device_feature_select,
-            (0x04, 4) => half(Self::features(), self.device_feature_select),
+            (0x04, 4) => half(self.features(), self.device_feature_select),
             (0x08, 4) => self.driver_feature_select,
             (0x0C, 4) => half(self.driver_features, self.driver_feature_select),
             (0x10, 2) => self.config_vector.into(),
@@ -331,7 +338,7 @@ impl<D: VirtioDevice> VirtioPci<D> {
         }
         let mut new = value & !STATUS_NEEDS_RESET | self.status & STATUS_NEEDS_RESET;
         let acceptable =
-            self.driver_features & !Self::features() == 0 && self.driver_features & FEATURE_VERSION_1 != 0;
+            self.driver_features & !self.features() == 0 && self.driver_features & FEATURE_VERSION_1 != 0;
         if !acceptable {
             // The driver reads the status back and finds its features refused.
             new &= !(STATUS_FEATURES_OK | STATUS_DRIVER_OK);

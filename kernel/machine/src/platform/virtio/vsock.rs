@@ -6,7 +6,7 @@ use super::connection::{HEADER_BYTES, Header, VsockHost};
 use super::queue::{Chain, Queue, QueueError, Rule};
 use super::transport::VirtioDevice;
 use crate::memory::GuestMemory;
-use crate::platform::Entropy;
+use crate::platform::Host;
 
 const RECEIVE: u16 = 0;
 const QUEUE_SIZE: u16 = 256;
@@ -134,11 +134,17 @@ impl VirtioDevice for Vsock {
     const ID: u16 = 19;
     // Communication controller, other.
     const CLASS: [u8; 3] = [0x07, 0x80, 0x00];
-    // The queues share one: each vector costs Linux a dozen exits to set up.
-    const VECTORS: u16 = 2;
-    // Receive, transmit, event.
-    const QUEUES: &'static [u16] = &[QUEUE_SIZE, QUEUE_SIZE, 16];
     const CONFIG_BYTES: u32 = 8;
+
+    fn vectors(&self) -> u16 {
+        // The queues share one: each vector costs Linux a dozen exits to set up.
+        2
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        // Receive, transmit, event.
+        &[QUEUE_SIZE, QUEUE_SIZE, 16]
+    }
 
     fn config_byte(&self, offset: u32) -> u8 {
         self.guest_cid.to_le_bytes().get(offset as usize).copied().unwrap_or(0)
@@ -177,7 +183,7 @@ impl VirtioDevice for Vsock {
         &mut self,
         queues: &mut [Queue],
         memory: &mut dyn GuestMemory,
-        _entropy: &mut dyn Entropy,
+        _host: &mut Host<'_>,
     ) -> Result<(), QueueError> {
         self.notified = false;
         let [receive, transmit, _event] = queues else { return Ok(()) };

@@ -1,0 +1,47 @@
+//! A machine's disk as its block device reaches it.
+
+#![forbid(unsafe_code)]
+
+use crate::memory::frames::PrivateFrame;
+use nestling_machine::platform::{Disk, Progress};
+use nestling_storage::cache::BlockCache;
+use nestling_storage::volume::{self, Volume};
+
+/// A volume together with the cache of the node's disk, while the device works.
+pub struct MachineDisk<'a> {
+    /// The machine's volume; a machine without one has no block device.
+    pub volume: Option<&'a mut Volume<PrivateFrame>>,
+    /// What the volume's base is read through.
+    pub cache: &'a mut BlockCache,
+}
+
+impl MachineDisk<'_> {
+    fn with(
+        &mut self,
+        access: impl FnOnce(&mut Volume<PrivateFrame>, &mut BlockCache) -> volume::Progress,
+    ) -> Progress {
+        match self.volume.as_mut().map(|volume| access(volume, self.cache)) {
+            Some(volume::Progress::Done(bytes)) => Progress::Done(bytes),
+            Some(volume::Progress::Wait) => Progress::Wait,
+            Some(volume::Progress::Failed) | None => Progress::Failed,
+        }
+    }
+}
+
+impl Disk for MachineDisk<'_> {
+    fn read(&mut self, at: u64, length: u64, take: &mut dyn FnMut(&[u8])) -> Progress {
+        self.with(|volume, cache| volume.read(cache, at, length, take))
+    }
+
+    fn write(&mut self, at: u64, length: u64, give: &mut dyn FnMut(&mut [u8])) -> Progress {
+        self.with(|volume, cache| volume.write(cache, at, length, give))
+    }
+
+    fn write_zeroes(&mut self, at: u64, length: u64) -> Progress {
+        self.with(|volume, cache| volume.write_zeroes(cache, at, length))
+    }
+
+    fn discard(&mut self, at: u64, length: u64) -> Progress {
+        self.with(|volume, _| volume.discard(at, length))
+    }
+}
