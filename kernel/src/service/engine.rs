@@ -17,7 +17,7 @@ use nestling_api::time::MILLISECOND;
 use nestling_api::types::{MachineConfig, WaitingFor};
 
 use super::images::Image;
-use super::machines::{CreateError, DiskSpec, MachineSpec, Machines};
+use super::machines::{AgentLink, CreateError, DiskSpec, MachineSpec, Machines};
 
 /// How many bytes are carried in one step.
 const CHUNK: usize = 32 * 1024;
@@ -65,7 +65,8 @@ impl<Id: Copy> Engine<Id> {
         jobs.poll(now);
         let Self { runs, buffer } = self;
         runs.retain_mut(|run| {
-            run.carry(jobs, machines, buffer, now);
+            let machine = run.machine;
+            machines.with_agent(machine, |agent| run.carry(jobs, agent, buffer, now));
             if now.monotonic_ns >= run.figures_due {
                 run.figures_due = now.monotonic_ns.saturating_add(FIGURES_INTERVAL_NS);
                 let (exits, peak_mib) = machines.figures(run.machine);
@@ -73,7 +74,8 @@ impl<Id: Copy> Engine<Id> {
             }
             // A machine that has ended by itself may have left output that a slow reader of the log does not
             // let through yet.
-            let drained = machines.agent(run.machine).is_none_or(|agent| agent.readable() == 0);
+            let unread = machines.with_agent(run.machine, |agent| agent.readable());
+            let drained = unread.is_none_or(|bytes| bytes == 0);
             let over = jobs.finished(run.job) || (drained && machines.ended(run.machine).is_some());
             if over {
                 let report = machines.destroy(run.machine);
@@ -125,14 +127,7 @@ impl<Id: Copy> Engine<Id> {
 
 impl<Id: Copy> Run<Id> {
     /// Moves bytes both ways for as long as both sides take them.
-    fn carry<M: Machines<Id = Id>>(
-        &mut self,
-        jobs: &mut JobStore,
-        machines: &mut M,
-        buffer: &mut [u8],
-        now: Clock,
-    ) {
-        let Some(agent) = machines.agent(self.machine) else { return };
+    fn carry(&mut self, jobs: &mut JobStore, agent: &mut dyn AgentLink, buffer: &mut [u8], now: Clock) {
         if !self.connected && agent.has_connected() {
             self.connected = true;
             jobs.agent_connected(self.job);

@@ -102,8 +102,8 @@ impl<B: Backend> Machines for Fleet<B> {
         })
     }
 
-    fn agent(&mut self, id: MachineId) -> Option<&mut dyn AgentLink> {
-        self.vsock(id).map(|vsock| vsock as &mut dyn AgentLink)
+    fn with_agent<R>(&mut self, id: MachineId, work: impl FnOnce(&mut dyn AgentLink) -> R) -> Option<R> {
+        self.vsock(id).map(|vsock| work(vsock))
     }
 
     fn ended(&self, id: MachineId) -> Option<MachineEnd> {

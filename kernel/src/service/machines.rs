@@ -94,8 +94,9 @@ pub trait Machines {
     /// [`CreateError`].
     fn create(&mut self, spec: &MachineSpec<'_>) -> Result<Self::Id, CreateError>;
 
-    /// The conversation with the machine's agent. `None` when there is no such machine (any more).
-    fn agent(&mut self, id: Self::Id) -> Option<&mut dyn AgentLink>;
+    /// Lets `work` talk with the machine's agent, while no vCPU uses the machine's devices. Afterwards the devices have taken what was
+    /// sent, and the guest is told. `None` when there is no such machine (any more).
+    fn with_agent<R>(&mut self, id: Self::Id, work: impl FnOnce(&mut dyn AgentLink) -> R) -> Option<R>;
 
     /// Whether and how the machine has ended.
     fn ended(&self, id: Self::Id) -> Option<MachineEnd>;

@@ -120,8 +120,8 @@ impl Machines for FakeMachines {
         Ok(self.made)
     }
 
-    fn agent(&mut self, id: u32) -> Option<&mut dyn AgentLink> {
-        self.alive.get_mut(&id).map(|agent| agent as &mut dyn AgentLink)
+    fn with_agent<R>(&mut self, id: u32, work: impl FnOnce(&mut dyn AgentLink) -> R) -> Option<R> {
+        self.alive.get_mut(&id).map(|agent| work(agent))
     }
 
     fn ended(&self, id: u32) -> Option<MachineEnd> {
