@@ -25,7 +25,7 @@ const POLL_NS: u64 = 100_000;
 
 /// The node's disk and what was read from it.
 pub struct Storage {
-    disk: Option<Box<dyn Disk>>,
+    disk: Option<Box<dyn Disk + Send>>,
     /// What was read from the disk.
     pub cache: BlockCache,
     arrivals: u64,
@@ -33,7 +33,7 @@ pub struct Storage {
 
 impl Storage {
     /// A node's disk, if it has one, with a cache from `frames`.
-    pub fn new(disk: Option<Box<dyn Disk>>, frames: &mut FramePool) -> Self {
+    pub fn new(disk: Option<Box<dyn Disk + Send>>, frames: &mut FramePool) -> Self {
         let Some(disk) = disk else {
             return Self { disk: None, cache: BlockCache::new(0, []), arrivals: 0 };
         };

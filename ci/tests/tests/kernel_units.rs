@@ -18,6 +18,7 @@ mod hypervisor {
     pub mod nested;
     pub mod ram;
     pub mod refusal;
+    pub mod schedule;
     pub mod svm {
         pub mod features;
     }
@@ -60,7 +61,7 @@ fn soil(address: u64, bytes: u64) {
 
 #[test]
 fn frames_are_zero_when_they_are_handed_out_however_they_came_back() {
-    let mut pool = pool_of(3);
+    let pool = pool_of(3);
     for round in 0..4 {
         let large = pool.large().unwrap();
         let small = pool.small().unwrap();
@@ -80,7 +81,7 @@ fn frames_are_zero_when_they_are_handed_out_however_they_came_back() {
 
 #[test]
 fn every_frame_that_was_taken_is_counted_and_comes_back() {
-    let mut pool = pool_of(4);
+    let pool = pool_of(4);
     let all = (4 * SMALL_PER_LARGE, 4 * SMALL_PER_LARGE);
     assert_eq!(pool.counts(), all);
     let small: Vec<_> = std::iter::from_fn(|| pool.small()).take(SMALL_PER_LARGE + 7).collect();
@@ -115,7 +116,7 @@ fn memory_that_is_carved_out_is_in_one_piece_and_never_handed_out_again() {
 
 #[test]
 fn an_empty_pool_refuses_and_no_two_owners_share_a_frame() {
-    let mut pool = pool_of(1);
+    let pool = pool_of(1);
     let frames: Vec<_> = std::iter::from_fn(|| pool.small()).collect();
     assert_eq!(frames.len(), SMALL_PER_LARGE);
     assert!(pool.small().is_none() && pool.large().is_none());
@@ -171,35 +172,35 @@ fn walk_to(root: u64, at: u64, last: u64) -> Option<u64> {
 
 #[test]
 fn a_nested_table_maps_what_it_was_told_and_nothing_else_and_gives_its_frames_back() {
-    let mut pool = pool_of(4);
+    let pool = pool_of(4);
     let before = pool.counts();
-    let mut table = NestedTable::<TestEntry>::new(&mut pool).unwrap();
+    let mut table = NestedTable::<TestEntry>::new(&pool).unwrap();
     let frame = pool.large().unwrap();
     for at in [0, LARGE_FRAME, 0xBFE0_0000, HIGH_RAM_START, 0x7FFF_FFE0_0000] {
         assert_eq!(walk(table.root(), at), None);
-        assert!(table.map(GuestPhysAddr(at + 0x1234), &frame, &mut pool));
+        assert!(table.map(GuestPhysAddr(at + 0x1234), &frame, &pool));
         assert_eq!(walk(table.root(), at), Some(frame.address()));
         assert_eq!(walk(table.root(), at + LARGE_FRAME), None);
     }
-    table.free(&mut pool);
+    table.free(&pool);
     pool.free_large(frame);
     assert_eq!(pool.counts(), before);
 }
 
 #[test]
 fn a_nested_table_shows_a_small_page_and_takes_it_away_again() {
-    let mut pool = pool_of(4);
+    let pool = pool_of(4);
     let before = pool.counts();
-    let mut table = NestedTable::<TestEntry>::new(&mut pool).unwrap();
+    let mut table = NestedTable::<TestEntry>::new(&pool).unwrap();
     let (page, other) = (pool.small().unwrap(), pool.small().unwrap());
     let at = 0xE000_8000;
-    assert!(table.map_read_only(GuestPhysAddr(at), page.address(), &mut pool));
-    assert!(table.map_read_only(GuestPhysAddr(at + 0x1000), other.address(), &mut pool));
+    assert!(table.map_read_only(GuestPhysAddr(at), page.address(), &pool));
+    assert!(table.map_read_only(GuestPhysAddr(at + 0x1000), other.address(), &pool));
     assert_eq!(walk_to(table.root(), at, 0), Some(page.address()));
-    table.unmap(GuestPhysAddr(at), &mut pool);
+    table.unmap(GuestPhysAddr(at), &pool);
     assert_eq!(walk_to(table.root(), at, 0), None);
     assert_eq!(walk_to(table.root(), at + 0x1000, 0), Some(other.address()));
-    table.free(&mut pool);
+    table.free(&pool);
     pool.free_small(page);
     pool.free_small(other);
     assert_eq!(pool.counts(), before);
@@ -207,10 +208,10 @@ fn a_nested_table_shows_a_small_page_and_takes_it_away_again() {
 
 #[test]
 fn ram_is_backed_on_the_first_write_only_and_reads_as_zero_before() {
-    let mut pool = pool_of(4);
+    let pool = pool_of(4);
     let before = pool.counts();
-    let mut ram = Ram::new(8 * LARGE_FRAME);
-    let mut view = RamView { ram: &mut ram, pool: &mut pool };
+    let ram = Ram::new(8 * LARGE_FRAME);
+    let mut view = RamView { ram: &ram, pool: &pool };
     let mut bytes = [0xFF; 16];
     view.read(GuestPhysAddr(3 * LARGE_FRAME), &mut bytes).unwrap();
     assert_eq!(bytes, [0; 16]);
@@ -219,21 +220,21 @@ fn ram_is_backed_on_the_first_write_only_and_reads_as_zero_before() {
     view.read(GuestPhysAddr(2 * LARGE_FRAME - 8), &mut bytes).unwrap();
     assert_eq!(bytes, [7; 16]);
     assert_eq!(ram.backed_bytes(), 2 * LARGE_FRAME);
-    ram.free(&mut pool);
+    ram.free(&pool);
     assert_eq!(pool.counts(), before);
 }
 
 #[test]
 fn what_is_not_ram_is_refused_and_so_is_a_range_that_leaves_it() {
-    let mut pool = pool_of(2);
-    let mut ram = Ram::new(LARGE_FRAME);
-    let mut view = RamView { ram: &mut ram, pool: &mut pool };
+    let pool = pool_of(2);
+    let ram = Ram::new(LARGE_FRAME);
+    let mut view = RamView { ram: &ram, pool: &pool };
     for at in [LARGE_FRAME, LARGE_FRAME - 1, LOW_RAM_END, HIGH_RAM_START, u64::MAX, u64::MAX - LARGE_FRAME] {
         let refused = MemoryError::NotRam { at: GuestPhysAddr(at), length: 2 };
         assert_eq!(view.write(GuestPhysAddr(at), &[1, 2]), Err(refused), "{at:#x}");
         assert_eq!(view.read(GuestPhysAddr(at), &mut [0; 2]), Err(refused), "{at:#x}");
     }
-    ram.free(&mut pool);
+    ram.free(&pool);
 }
 
 #[test]
@@ -247,12 +248,12 @@ fn ram_beyond_the_low_part_continues_at_four_gibibytes() {
 
 #[test]
 fn a_machine_without_free_frames_is_told_so() {
-    let mut pool = pool_of(1);
-    let mut ram = Ram::new(4 * LARGE_FRAME);
-    let mut view = RamView { ram: &mut ram, pool: &mut pool };
+    let pool = pool_of(1);
+    let ram = Ram::new(4 * LARGE_FRAME);
+    let mut view = RamView { ram: &ram, pool: &pool };
     view.write(GuestPhysAddr(0), &[1]).unwrap();
     assert_eq!(view.write(GuestPhysAddr(LARGE_FRAME), &[1]), Err(MemoryError::OutOfFrames));
-    ram.free(&mut pool);
+    ram.free(&pool);
 }
 
 const MAX_LEAF: u32 = 0x8000_000A;
@@ -291,10 +292,89 @@ fn the_last_of_several_values_on_the_command_line_counts() {
 
 #[test]
 fn an_exit_that_was_a_ram_fault_is_counted_once() {
-    use hypervisor::exit::{ExitCounts, MMIO, RAM_FAULT};
-    let mut counts = ExitCounts::default();
-    counts.count(MMIO);
-    counts.count(MMIO);
-    counts.recount(MMIO, RAM_FAULT);
-    assert_eq!(counts.iter().collect::<Vec<_>>(), [("ram_fault", 1), ("mmio", 1)]);
+    use hypervisor::exit::{ExitCounters, MMIO, RAM_FAULT};
+    let counters = ExitCounters::default();
+    counters.count(MMIO);
+    counters.count(MMIO);
+    counters.recount(MMIO, RAM_FAULT);
+    assert_eq!(counters.counts().iter().collect::<Vec<_>>(), [("ram_fault", 1), ("mmio", 1)]);
+}
+
+mod scheduling {
+    use super::hypervisor::schedule::{Entity, LEAST_NS, SLICE_NS, Wants, choose, place};
+
+    const fn entity(ran_ns: u64, wants: Wants) -> Entity {
+        Entity { ran_ns, wants }
+    }
+
+    /// Lets a core run `vcpus`, all of which always want to, for `turns`: how long each has run.
+    fn run(vcpus: &mut [Entity], turns: usize) {
+        let mut floor = 0;
+        for _ in 0..turns {
+            let choice = choose(vcpus.iter().copied(), &mut floor).unwrap();
+            vcpus[choice.index].ran_ns = choice.ran_ns + choice.slice_ns.unwrap_or(SLICE_NS);
+        }
+    }
+
+    #[test]
+    fn vcpus_that_share_a_core_get_equal_parts_of_it() {
+        let mut vcpus = [entity(0, Wants::Run); 3];
+        run(&mut vcpus, 1000);
+        let (least, most) = (vcpus.map(|vcpu| vcpu.ran_ns), vcpus.map(|vcpu| vcpu.ran_ns));
+        let (least, most) = (*least.iter().min().unwrap(), *most.iter().max().unwrap());
+        assert!(most - least <= 2 * SLICE_NS && least >= 300 * SLICE_NS, "{vcpus:?}");
+    }
+
+    #[test]
+    fn one_alone_runs_without_an_end() {
+        let mut floor = 0;
+        let resting = entity(0, Wants::Rest { until: Some(7) });
+        let choice = choose([resting, entity(9, Wants::Run)].into_iter(), &mut floor).unwrap();
+        assert_eq!((choice.index, choice.slice_ns, choice.next_wake_ns), (1, None, Some(7)));
+        assert!(choose([resting].into_iter(), &mut floor).is_none());
+    }
+
+    #[test]
+    fn one_that_wakes_after_a_rest_comes_first_and_has_saved_up_no_more_than_a_slice() {
+        let mut floor = 1000 * SLICE_NS;
+        let busy = entity(floor + 1, Wants::Run);
+        let woken = entity(3, Wants::Wake);
+        let choice = choose([busy, woken].into_iter(), &mut floor).unwrap();
+        assert_eq!((choice.index, choice.ran_ns), (1, 999 * SLICE_NS));
+        assert!(choice.slice_ns.unwrap() <= 3 * SLICE_NS);
+    }
+
+    #[test]
+    fn one_that_wakes_all_the_time_does_not_keep_others_from_running() {
+        let mut floor = 0;
+        let mut vcpus = [entity(0, Wants::Run), entity(0, Wants::Wake), entity(0, Wants::Wake)];
+        for _ in 0..3000 {
+            let choice = choose(vcpus.iter().copied(), &mut floor).unwrap();
+            let runs_for = if choice.index == 0 { choice.slice_ns.unwrap() } else { LEAST_NS };
+            vcpus[choice.index].ran_ns = choice.ran_ns + runs_for;
+        }
+        let [busy, one, other] = vcpus.map(|vcpu| vcpu.ran_ns);
+        assert!(busy.abs_diff(one) <= 3 * SLICE_NS && busy.abs_diff(other) <= 3 * SLICE_NS, "{vcpus:?}");
+    }
+
+    #[test]
+    fn a_change_of_vcpu_is_not_made_too_often() {
+        let mut floor = 0;
+        let far_ahead = entity(100 * SLICE_NS, Wants::Run);
+        let choice = choose([far_ahead, entity(100 * SLICE_NS, Wants::Run)].into_iter(), &mut floor).unwrap();
+        assert!(choice.slice_ns.unwrap() >= LEAST_NS);
+    }
+
+    #[test]
+    fn a_new_vcpu_goes_where_the_fewest_are_and_to_the_services_core_last() {
+        assert_eq!(place([0].into_iter()), 0);
+        let mut loads = [0_usize; 3];
+        let mut order = Vec::new();
+        for _ in 0..7 {
+            let core = place(loads.iter().copied());
+            loads[core] += 1;
+            order.push(core);
+        }
+        assert_eq!(order, [1, 2, 0, 1, 2, 0, 1]);
+    }
 }

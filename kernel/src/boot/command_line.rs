@@ -19,6 +19,12 @@ impl CommandLine {
             .last()
     }
 
+    /// Where the text stands in memory.
+    pub fn place(&self) -> core::ops::Range<u64> {
+        let start = self.0.as_ptr() as u64;
+        start..start + self.0.len() as u64
+    }
+
     /// All words, in order.
     pub fn words(&self) -> impl Iterator<Item = &'static str> {
         self.0.split_ascii_whitespace()

@@ -101,6 +101,7 @@ enter_long_mode:
 
     .section .boot.data, "aw"
     .balign 4096
+    .global boot_pml4
 boot_pml4:
     .quad boot_pdpt + 0x3
     .fill 511, 8, 0
@@ -116,6 +117,7 @@ boot_pd:
     .quad (page << 21) + 0x83
     .set page, page + 1
     .endr
+    .global boot_gdt
 boot_gdt:
     .quad 0
     .quad 0x00AF9B000000FFFF

@@ -1,9 +1,11 @@
-//! The core's local APIC: acknowledging interrupts and the one-shot timer.
+//! The core's local APIC: acknowledging interrupts, sending them to other cores, and the one-shot timer.
 //!
-//! Intel SDM vol. 3, 11.4 (xAPIC registers), 11.5.4 (timer), 11.12 (x2APIC); AMD APM vol. 2, 16.
+//! Intel SDM vol. 3, 11.4 (xAPIC registers), 11.5.4 (timer), 11.6 (interprocessor interrupts), 11.12 (x2APIC); AMD APM vol. 2, 16.
 
+use super::local::this_core;
 use super::{clock, features, interrupts, pic};
 use crate::memory::map_mmio;
+use core::arch::asm;
 use core::ptr;
 use core::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use x86_64::registers::model_specific::Msr;
@@ -22,6 +24,8 @@ enum Register {
     TaskPriority = 0x08,
     EndOfInterrupt = 0x0B,
     Spurious = 0x0F,
+    InterruptCommand = 0x30,
+    InterruptCommandHigh = 0x31,
     LvtTimer = 0x32,
     LvtLint0 = 0x35,
     LvtLint1 = 0x36,
@@ -33,6 +37,10 @@ enum Register {
 const SOFTWARE_ENABLE: u32 = 1 << 8;
 const MASKED: u32 = 1 << 16;
 const DELIVER_NMI: u32 = 4 << 8;
+const DELIVER_INIT: u32 = 5 << 8;
+const DELIVER_START_UP: u32 = 6 << 8;
+const SEND_PENDING: u32 = 1 << 12;
+const ASSERT: u32 = 1 << 14;
 const DELIVER_EXTINT: u32 = 7 << 8;
 const MODE_TSC_DEADLINE: u32 = 2 << 17;
 const DIVIDE_BY_1: u32 = 0b1011;
@@ -42,11 +50,10 @@ const MODE_X2APIC: u8 = 1;
 
 static MODE: AtomicU8 = AtomicU8::new(MODE_MMIO);
 static REGISTERS: AtomicPtr<u32> = AtomicPtr::new(ptr::null_mut());
-static ID: AtomicU32 = AtomicU32::new(0);
+/// Of the core that booted.
+static BOOT_ID: AtomicU32 = AtomicU32::new(0);
 /// Timer ticks in 2^20 ns; zero while the timer is TSC-deadline.
 static TICKS_PER_MIB_NS: AtomicU64 = AtomicU64::new(0);
-/// The deadline now in the hardware, ns; zero when the timer is off.
-static ARMED: AtomicU64 = AtomicU64::new(0);
 
 fn read(register: Register) -> u32 {
     if MODE.load(Ordering::Relaxed) == MODE_X2APIC {
@@ -70,8 +77,22 @@ fn write(register: Register, value: u32) {
     }
 }
 
-/// Enables the APIC, in x2APIC mode where there is one, and silences the legacy PICs.
+/// Enables the APIC of the core that booted, in x2APIC mode where there is one, and silences the legacy PICs.
 pub fn init() {
+    enable();
+    pic::silence();
+    set_up();
+    BOOT_ID.store(own_id(), Ordering::Relaxed);
+}
+
+/// Enables the APIC of another core, in the same mode, with the timer set up.
+pub fn init_secondary() {
+    enable();
+    set_up();
+    timer_set_up();
+}
+
+fn enable() {
     let mut base = Msr::new(APIC_BASE);
     // SAFETY: every 64-bit processor has this MSR; enabling its own APIC affects nothing else.
     unsafe {
@@ -84,9 +105,14 @@ pub fn init() {
             REGISTERS.store(map_mmio(value & 0xF_FFFF_F000, 4096).cast(), Ordering::Relaxed);
         }
     }
-    pic::silence();
+}
+
+fn own_id() -> u32 {
     let id = read(Register::Id);
-    ID.store(if is_x2apic() { id } else { id >> 24 }, Ordering::Relaxed);
+    if is_x2apic() { id } else { id >> 24 }
+}
+
+fn set_up() {
     write(Register::TaskPriority, 0);
     write(Register::LvtLint0, MASKED);
     write(Register::LvtLint1, DELIVER_NMI);
@@ -104,9 +130,48 @@ pub fn accept_legacy_interrupts() {
     write(Register::LvtLint0, DELIVER_EXTINT);
 }
 
-/// This core's APIC ID.
-pub fn id() -> u32 {
-    ID.load(Ordering::Relaxed)
+/// The APIC ID of the core that booted, which takes devices' interrupts.
+pub fn boot_id() -> u32 {
+    BOOT_ID.load(Ordering::Relaxed)
+}
+
+/// Whether an APIC with this ID can be sent to.
+pub fn is_reachable(id: u32) -> bool {
+    is_x2apic() || id < 0xFF
+}
+
+/// Makes the core with APIC ID `target` look at what others have left for it.
+pub fn send_wake(target: u32) {
+    send(target, u32::from(interrupts::WAKE));
+}
+
+/// Resets the core with APIC ID `target`; it then waits for a start-up interrupt.
+pub fn send_init(target: u32) {
+    send(target, DELIVER_INIT | ASSERT);
+}
+
+/// Starts a core that waits for it in real mode at physical address `page` * 4 KiB.
+pub fn send_start_up(target: u32, page: u8) {
+    send(target, DELIVER_START_UP | ASSERT | u32::from(page));
+}
+
+fn send(target: u32, command: u32) {
+    // What was written before is to be seen by who is interrupted; a write of an x2APIC register alone does not see to that (11.12.3).
+    core::sync::atomic::fence(Ordering::SeqCst);
+    if is_x2apic() {
+        // SAFETY: the interrupt command register, in x2APIC mode; the targets are cores that L1 has started or starts.
+        unsafe {
+            asm!("lfence", options(nostack, preserves_flags));
+            Msr::new(X2APIC_FIRST + Register::InterruptCommand as u32)
+                .write(u64::from(target) << 32 | u64::from(command));
+        }
+    } else {
+        while read(Register::InterruptCommand) & SEND_PENDING != 0 {
+            core::hint::spin_loop();
+        }
+        write(Register::InterruptCommandHigh, target << 24);
+        write(Register::InterruptCommand, command);
+    }
 }
 
 /// Acknowledges the interrupt in service.
@@ -128,19 +193,23 @@ pub fn count_elapsed() -> u32 {
 
 /// Sets the timer up, once its rate is known: `ticks` in `ns`.
 pub fn timer_init(ticks: u64, ns: u64) {
-    write(Register::TimerInitial, 0);
-    if features::has_tsc_deadline() {
-        write(Register::LvtTimer, MODE_TSC_DEADLINE | u32::from(interrupts::TIMER));
-    } else {
+    if !features::has_tsc_deadline() {
         // Zero would mean TSC-deadline mode; a timer that did not count is taken for the slowest.
         TICKS_PER_MIB_NS.store(((ticks << 20) / ns.max(1)).max(1), Ordering::Relaxed);
-        write(Register::LvtTimer, u32::from(interrupts::TIMER));
     }
+    timer_set_up();
+}
+
+fn timer_set_up() {
+    write(Register::TimerDivide, DIVIDE_BY_1);
+    write(Register::TimerInitial, 0);
+    let mode = if features::has_tsc_deadline() { MODE_TSC_DEADLINE } else { 0 };
+    write(Register::LvtTimer, mode | u32::from(interrupts::TIMER));
 }
 
 /// Called when the timer has fired, which may be before its deadline: the next [`timer_arm`] arms it again.
 pub fn timer_fired() {
-    ARMED.store(0, Ordering::Relaxed);
+    this_core().timer_armed.store(0, Ordering::Relaxed);
 }
 
 /// Makes the timer fire at `deadline` (ns since boot), or not at all. Early firings are possible: look at the clock.
@@ -148,11 +217,12 @@ pub fn timer_arm(deadline: Option<u64>) {
     // Zero means off.
     let target = deadline.map_or(0, |deadline| deadline.max(1));
     let now = clock::now_ns();
-    let armed = ARMED.load(Ordering::Relaxed);
+    let timer = &this_core().timer_armed;
+    let armed = timer.load(Ordering::Relaxed);
     if armed == target && (armed == 0 || armed > now) {
         return;
     }
-    ARMED.store(target, Ordering::Relaxed);
+    timer.store(target, Ordering::Relaxed);
     let ticks_per_mib = TICKS_PER_MIB_NS.load(Ordering::Relaxed);
     if ticks_per_mib == 0 {
         let tsc = if target == 0 { 0 } else { clock::tsc_at(target.max(now)) };

@@ -192,8 +192,15 @@ fn needed() -> Barriers {
     }
 }
 
-/// Switches on what holds for good on this core, and logs what is needed. To be called once on each core, before its first guest.
+/// Switches on what holds for good on the core that booted, and logs what is needed.
 pub fn init() {
+    init_here();
+    let names = needed().names().collect::<Vec<_>>().join(" ");
+    log::info!("barriers: {}", if names.is_empty() { "none" } else { &names });
+}
+
+/// Switches on what holds for good on this core, another one. To be called once, before its first guest.
+pub fn init_here() {
     let barriers = needed();
     let mut value = 0;
     if barriers.has(Barriers::ENHANCED_IBRS) {
@@ -207,8 +214,6 @@ pub fn init() {
         // SAFETY: CPUID offers the register and the bits; they only restrict predictions.
         unsafe { register.write(register.read() | u64::from(value)) };
     }
-    let names = barriers.names().collect::<Vec<_>>().join(" ");
-    log::info!("barriers: {}", if names.is_empty() { "none" } else { &names });
 }
 
 /// To be called right before a guest is entered: what L1 has touched is not the guest's to read. No more than a test of one word where

@@ -1,4 +1,4 @@
-//! GDT, TSS and IDT of the core.
+//! GDT, TSS and IDT of a core.
 //!
 //! Intel SDM vol. 3, 3.5 and 6.10-6.14; AMD APM vol. 2, 4.6-4.8 and 8.9.
 
@@ -22,7 +22,7 @@ struct Tables {
     idt: InterruptDescriptorTable,
 }
 
-/// Builds and loads the tables.
+/// Builds and loads this core's tables.
 pub fn init() {
     let tables = alloc::boxed::Box::leak(alloc::boxed::Box::new(Tables {
         gdt: GlobalDescriptorTable::new(),

@@ -67,6 +67,9 @@ pub struct XsaveArea {
     components: u64,
 }
 
+// SAFETY: the area is owned like a box's content, and used by the core that has the vCPU.
+unsafe impl Send for XsaveArea {}
+
 impl XsaveArea {
     /// An area that restores the reset state of all `components`.
     pub fn new(components: u64) -> Self {

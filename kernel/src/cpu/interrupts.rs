@@ -5,6 +5,8 @@ use core::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 /// The APIC timer's vector.
 pub const TIMER: u8 = 0x20;
+/// Another core has something for this one: it only ends a halt or a guest's run.
+pub const WAKE: u8 = 0x21;
 const FIRST_DEVICE: u8 = 0x30;
 const LAST_DEVICE: u8 = pic::FIRST_VECTOR - 1;
 /// The local APIC's spurious-interrupt vector, which takes no acknowledgement.
@@ -30,9 +32,9 @@ pub fn allocate(name: &'static str) -> Option<IrqLine> {
 }
 
 impl IrqLine {
-    /// The address a device writes to, for this core. Intel SDM vol. 3, 11.11.1.
+    /// The address a device writes to, for the core that booted. Intel SDM vol. 3, 11.11.1.
     pub fn message_address(&self) -> u64 {
-        0xFEE0_0000 | u64::from(apic::id() & 0xFF) << 12
+        0xFEE0_0000 | u64::from(apic::boot_id() & 0xFF) << 12
     }
 
     /// The data it writes: fixed delivery, edge-triggered. Intel SDM vol. 3, 11.11.2.
@@ -60,11 +62,12 @@ pub fn arrived(vector: u8) {
     if legacy && pic::is_spurious(vector) {
         return;
     }
-    PENDING[usize::from(vector)].store(true, Ordering::Relaxed);
     if vector == TIMER {
         apic::timer_fired();
     }
+    // Devices interrupt the core that booted alone.
     if vector >= FIRST_DEVICE {
+        PENDING[usize::from(vector)].store(true, Ordering::Relaxed);
         ANY_DEVICE.store(true, Ordering::Relaxed);
     }
     if !legacy {
@@ -80,9 +83,4 @@ pub fn device_pending() -> bool {
 /// Whether any device has interrupted since the last call: the main loop then looks at its drivers.
 pub fn take_device() -> bool {
     ANY_DEVICE.swap(false, Ordering::Relaxed)
-}
-
-/// Whether the APIC timer has fired since the last call.
-pub fn take_timer() -> bool {
-    take_vector(TIMER)
 }

@@ -1,14 +1,16 @@
-//! One core: descriptor tables, exceptions, interrupts, the local APIC and the clock.
+//! The cores: starting them, and on each descriptor tables, exceptions, interrupts, the local APIC and the clock.
 
 pub mod apic;
 pub mod barriers;
 pub mod clock;
+pub mod cores;
 pub mod descriptors;
 pub mod exceptions;
 pub mod features;
 pub mod fpu;
 pub mod guest_registers;
 pub mod interrupts;
+pub mod local;
 pub mod pic;
 
 use x86_64::instructions::{hlt, interrupts as flag};

@@ -51,7 +51,7 @@ pub trait Disk {
 ///
 /// # Errors
 /// Why the only disks there are cannot be used.
-pub fn find(bus: Option<&Bus>) -> Result<Option<Box<dyn Disk>>, String> {
+pub fn find(bus: Option<&Bus>) -> Result<Option<Box<dyn Disk + Send>>, String> {
     let Some(Bus { space, functions }) = bus else { return Ok(None) };
     let mut failure = None;
     for function in functions.iter().filter(|function| VirtioBlk::drives(function)) {

@@ -4,6 +4,7 @@
 
 use core::fmt::{self, Write};
 use log::{Level, LevelFilter, Log, Metadata, Record};
+use spin::{Mutex, MutexGuard};
 use x86_64::instructions::port::Port;
 
 const BASE: u16 = 0x3F8;
@@ -17,6 +18,19 @@ const MOST_READS: usize = 1_000_000;
 
 /// The port as a text sink.
 struct Serial;
+
+/// Held for a line at a time.
+static PORT: Mutex<Serial> = Mutex::new(Serial);
+/// How often the lock is tried: a line takes 10 ms, and a try some nanoseconds.
+const MOST_TRIES: usize = 10_000_000;
+
+/// The port, from whichever core. It is not waited for without end: an NMI, or a core that died, may have it.
+fn lock() -> Option<MutexGuard<'static, Serial>> {
+    (0..MOST_TRIES).find_map(|_| {
+        core::hint::spin_loop();
+        PORT.try_lock()
+    })
+}
 
 impl Write for Serial {
     fn write_str(&mut self, text: &str) -> fmt::Result {
@@ -60,6 +74,7 @@ impl Log for Logger {
         }
         let now = crate::cpu::clock::now_ns() / 1000;
         let (seconds, micros) = (now / 1_000_000, now % 1_000_000);
+        let _lock = lock();
         // The port cannot fail.
         let _ = match record.level() {
             Level::Error => write!(Serial, "[{seconds:5}.{micros:06}] error: {}\r\n", record.args()),
@@ -98,6 +113,7 @@ pub fn set_level(value: Option<&str>) {
 
 /// Writes past the log's level and format: for dumps of a dying kernel.
 pub fn write_raw(arguments: fmt::Arguments<'_>) {
+    let _lock = lock();
     // The port cannot fail.
     let _ = Serial.write_fmt(arguments);
 }

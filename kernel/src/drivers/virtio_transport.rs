@@ -67,6 +67,9 @@ pub struct MsixTransport {
     interrupting: Arc<AtomicBool>,
 }
 
+// SAFETY: its pointers lead to the device's registers, which any core reaches, and which one at a time uses through it.
+unsafe impl Send for MsixTransport {}
+
 impl MsixTransport {
     /// Prepares the device and points its interrupt at `line`, if there is one.
     ///

@@ -7,20 +7,26 @@ use core::ops::RangeInclusive;
 use nestling_machine::address::{GuestTsc, Vector};
 use nestling_machine::state::{CpuState, Exception, VcpuState};
 
-/// One vendor's virtualization, switched on on this core.
-pub trait Backend: Sized {
+/// One vendor's virtualization, switched on on every core in use.
+pub trait Backend: Sized + Send + Sync + 'static {
     /// The vendor's control block of one vCPU.
-    type Vcpu: VendorVcpu;
+    type Vcpu: VendorVcpu + Send;
     /// The vendor's nested page table entry.
-    type Entry: NestedEntry;
+    type Entry: NestedEntry + Send;
     /// "amd" or "intel".
     const VENDOR: &'static str;
 
-    /// Checks the features and switches virtualization on on this core.
+    /// Checks the features and switches virtualization on on this core, the first.
     ///
     /// # Errors
     /// [`Refusal`] when a required feature is missing or locked.
     fn enable() -> Result<Self, Refusal>;
+
+    /// Switches virtualization on on this core, another one.
+    ///
+    /// # Errors
+    /// [`Refusal`] when this core lacks what the first one has.
+    fn enable_here(&self) -> Result<(), Refusal>;
 
     /// Optional features by name, and whether they are there.
     fn features(&self) -> &[(&'static str, bool)];
@@ -28,14 +34,16 @@ pub trait Backend: Sized {
     /// The processor's CPUID without what guests cannot have, because a control for it is missing.
     fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4];
 
-    /// A vCPU whose nested page table starts at `nested_root`, in the state `state`.
-    fn vcpu(&mut self, nested_root: u64, state: &VcpuState) -> Self::Vcpu;
+    /// A vCPU whose nested page table starts at `nested_root`, in the state `state`. It is this core's until it is released.
+    fn vcpu(&self, nested_root: u64, state: &VcpuState) -> Self::Vcpu;
 }
 
 /// One vendor's vCPU: its control block, entry and exit.
 ///
 /// What a method reads or changes, [`CpuState`]'s included, is the state as of the last exit; changes take effect at the next entry.
 pub trait VendorVcpu: CpuState {
+    /// Puts the vCPU to `state` with nothing pending and nothing masked, as INIT does. It is loaded.
+    fn reset(&mut self, state: &VcpuState);
     /// Sets EFER as the guest wrote it (already validated); LMA stays the processor's.
     fn set_efer(&mut self, value: u64);
     /// Sets what is added to the TSC when the guest reads it.
@@ -60,12 +68,17 @@ pub trait VendorVcpu: CpuState {
     /// The offered interrupt, if the guest took it during the last run.
     fn take_accepted(&mut self) -> Option<Vector>;
 
-    /// Drops every cached nested translation of this machine before the next entry.
+    /// Drops what this core has cached of nested translations of this machine before the next entry.
     fn flush(&mut self);
-    /// Loads what this vendor's control block does not hold and the other's does; the core's previous vCPU has been unloaded.
+    /// Loads what this vendor's control block does not hold and the other's does; the core's previous vCPU has been unloaded. Where
+    /// this core is not the one that had it last, it was released there.
     fn load(&mut self);
     /// Takes it off the core again.
     fn unload(&mut self);
+    /// Leaves nothing of it on this core, so that another one may load it. It is not loaded.
+    fn release(&mut self);
+    /// Whether the guest's run ends when it waits in a loop around PAUSE; where the processor cannot tell, it does not. It is loaded.
+    fn exit_on_pause_loops(&mut self, wanted: bool);
     /// Sees to it that the next run ends within `due` (nanoseconds since boot) unless something else ends it first.
     fn arm(&mut self, due: Option<RangeInclusive<u64>>);
     /// Runs the guest until it exits.

@@ -3,8 +3,7 @@
 //!
 //! PCI Express Base specification, 7.2.2 (enhanced configuration access mechanism).
 
-use super::backend::{Backend, VendorVcpu};
-use super::nested::NestedTable;
+use super::nested::{NestedEntry, NestedTable};
 use crate::memory::frames::{FramePool, SMALL_FRAME, SmallFrame};
 use alloc::vec::Vec;
 use core::ptr;
@@ -51,11 +50,11 @@ impl ConfigSpace {
     }
 
     /// Maps what `platform` has. False when the pool is empty; what was mapped stays until [`Self::free`].
-    pub fn map<B: Backend>(
+    pub fn map<E: NestedEntry>(
         &mut self,
         platform: &Platform,
-        table: &mut NestedTable<B::Entry>,
-        frames: &mut FramePool,
+        table: &mut NestedTable<E>,
+        frames: &FramePool,
     ) -> bool {
         (0..ECAM_SIZE).step_by(DEVICE_STEP as usize).all(|offset| match platform.config_page(offset) {
             ConfigPage::HasEffects => true,
@@ -72,27 +71,30 @@ impl ConfigSpace {
         })
     }
 
-    /// Shows what a write has changed. Reads that do more than read are emulated.
-    pub fn update<B: Backend>(
+    /// Shows what a write has changed. Reads that do more than read are emulated: true when a page is mapped no more, so that cached
+    /// translations have to be dropped.
+    #[must_use]
+    pub fn update<E: NestedEntry>(
         &mut self,
         platform: &Platform,
-        table: &mut NestedTable<B::Entry>,
-        vcpu: &mut B::Vcpu,
-        frames: &mut FramePool,
-    ) {
+        table: &mut NestedTable<E>,
+        frames: &FramePool,
+    ) -> bool {
+        let mut has_unmapped = false;
         for page in self.pages.iter_mut().filter(|page| page.is_mapped) {
             if let ConfigPage::Bytes(bytes) = platform.config_page(page.offset) {
                 show(&page.frame, bytes);
             } else {
                 table.unmap(guest_address(page.offset), frames);
-                vcpu.flush();
                 page.is_mapped = false;
+                has_unmapped = true;
             }
         }
+        has_unmapped
     }
 
     /// Gives the frames back. The vCPUs that read them are gone.
-    pub fn free(self, frames: &mut FramePool) {
+    pub fn free(self, frames: &FramePool) {
         for page in self.pages {
             frames.free_small(page.frame);
         }
@@ -102,7 +104,7 @@ impl ConfigSpace {
 /// Copies a function's registers into its page.
 fn show(frame: &SmallFrame, bytes: &[u8]) {
     let length = bytes.len().min(SMALL_FRAME as usize);
-    // SAFETY: the frame is the machine's own, identity-mapped and a page long; `bytes` is L1's. The guest reads it only while it runs,
-    // which a machine of one vCPU does not do now.
+    // SAFETY: the frame is the machine's own, identity-mapped and a page long; `bytes` is L1's. Another of the machine's vCPUs
+    // may read it meanwhile, and finds the old or the new of each register, as it may on a bus.
     unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), frame.address() as *mut u8, length) };
 }

@@ -1,5 +1,6 @@
 //! Why a guest stopped running, in no vendor's terms, and the counters.
 
+use core::sync::atomic::{AtomicU64, Ordering};
 use nestling_machine::address::GuestPhysAddr;
 use nestling_machine::state::{Exception, Gpr};
 
@@ -14,6 +15,8 @@ pub enum Exit {
     Nmi,
     /// The guest can take the interrupt that was offered.
     InterruptWindow,
+    /// The guest waits in a loop around PAUSE.
+    PauseLoop,
     /// CPUID.
     Cpuid,
     /// HLT.
@@ -79,7 +82,7 @@ pub enum Exit {
 }
 
 /// The classes that are counted, as the API names them.
-pub const KINDS: [&str; 17] = [
+pub const KINDS: [&str; 18] = [
     "interrupt",
     "timer",
     "nmi",
@@ -97,6 +100,7 @@ pub const KINDS: [&str; 17] = [
     "control_register",
     "exception",
     "other",
+    "pause",
 ];
 
 /// Index into [`KINDS`] of a nested fault on RAM.
@@ -123,6 +127,7 @@ impl Exit {
             Self::CacheFlush => 13,
             Self::TaskPriority { .. } | Self::TaskPriorityWrite | Self::ControlRegister => 14,
             Self::Faulting(_) | Self::Exception(_) | Self::Int1 => 15,
+            Self::PauseLoop => 17,
             Self::MachineCheck | Self::Shutdown | Self::Unexpected { .. } => 16,
         }
     }
@@ -132,23 +137,37 @@ impl Exit {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ExitCounts([u64; KINDS.len()]);
 
-impl ExitCounts {
-    /// Counts one exit of a kind.
-    pub const fn count(&mut self, kind: usize) {
-        if kind < KINDS.len() {
-            self.0[kind] += 1;
+/// Counters of one vCPU: one core counts, any core reads.
+#[derive(Debug, Default)]
+pub struct ExitCounters([AtomicU64; KINDS.len()]);
+
+impl ExitCounters {
+    fn change(&self, kind: usize, change: impl FnOnce(u64) -> u64) {
+        // Nobody else writes, so that the two steps need not be one.
+        if let Some(counter) = self.0.get(kind) {
+            counter.store(change(counter.load(Ordering::Relaxed)), Ordering::Relaxed);
         }
+    }
+
+    /// Counts one exit of a kind.
+    pub fn count(&self, kind: usize) {
+        self.change(kind, |count| count + 1);
     }
 
     /// Moves the exit just counted to another kind.
-    pub const fn recount(&mut self, from: usize, to: usize) {
-        if from < KINDS.len() && to < KINDS.len() && self.0[from] > 0 {
-            self.0[from] -= 1;
-            self.0[to] += 1;
-        }
+    pub fn recount(&self, from: usize, to: usize) {
+        self.change(from, |count| count.saturating_sub(1));
+        self.change(to, |count| count + 1);
     }
 
-    /// Adds another machine's counts.
+    /// The counts so far.
+    pub fn counts(&self) -> ExitCounts {
+        ExitCounts(core::array::from_fn(|kind| self.0[kind].load(Ordering::Relaxed)))
+    }
+}
+
+impl ExitCounts {
+    /// Adds other counts.
     pub fn add(&mut self, other: &Self) {
         for (sum, count) in self.0.iter_mut().zip(other.0) {
             *sum += count;

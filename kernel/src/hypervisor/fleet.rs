@@ -1,26 +1,25 @@
-//! All machines of a node, and which of them is on the core.
+//! All machines of a node, as its service sees them: made, watched and ended from the first core.
 
-use super::backend::{Backend, VendorVcpu};
+use super::backend::Backend;
+use super::cores::Runner;
 use super::exit::ExitCounts;
 use super::machine::{CreateError, End, Machine, Size};
-use super::run::{Node, Pause};
-use crate::cpu::{self, apic, clock, interrupts};
-use crate::memory::frames::{FramePool, LARGE_FRAME, SMALL_FRAME};
-use crate::storage::Storage;
-use alloc::boxed::Box;
+use super::node::Node;
+use super::schedule;
+use super::vcpu::{VcpuCell, VcpuRef};
+use crate::memory::frames::{LARGE_FRAME, SMALL_FRAME};
 use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use nestling_machine::platform::Platform;
 use nestling_machine::platform::linux::LinuxImage;
-use nestling_machine::platform::{Entropy, VsockHost};
 use nestling_machine::vcpu::{HostCpuid, emulate};
-use nestling_storage::volume::Volume;
-
-/// How long machines run at least between two rounds of the service that devices alone ask for.
-const LEAST_SLICE_NS: u64 = 300_000;
 
 /// Console lines that a machine leaves behind: a kernel's panic with its trace.
 const CONSOLE_LINES: usize = 100;
+
+/// The most vCPUs of a machine.
+const VCPUS_MAX: usize = 32;
 
 /// Names a machine for as long as the node runs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -41,58 +40,54 @@ pub struct Remains {
     pub console: String,
 }
 
-/// A node's machines, frames and virtualization.
+/// A node's machines, with the core that also runs the service.
 pub struct Fleet<B: Backend> {
-    backend: B,
-    pool: FramePool,
-    storage: Storage,
-    entropy: Box<dyn Entropy>,
-    host: Arc<HostCpuid>,
+    node: &'static Node<B>,
+    runner: Runner<B>,
+    host: HostCpuid,
     components: u64,
-    machines: Vec<(MachineId, Machine<B>)>,
-    loaded: Option<MachineId>,
+    /// How many vCPUs there may be at once for each core.
+    vcpus_per_core: usize,
+    machines: Vec<(MachineId, Arc<Machine<B>>)>,
     next: u64,
     /// Exits of machines that are gone.
     past_exits: ExitCounts,
     past_accesses: u64,
-    turn: usize,
 }
 
 impl<B: Backend> Fleet<B> {
-    /// An empty fleet. `components` are the XSAVE components that [`crate::cpu::fpu::init`] found.
-    pub fn new(
-        backend: B,
-        pool: FramePool,
-        storage: Storage,
-        entropy: Box<dyn Entropy>,
-        components: u64,
-    ) -> Self {
-        let host = Arc::new(HostCpuid::read(|leaf, subleaf| backend.cpuid(leaf, subleaf)));
+    /// An empty fleet, on the node's first core. `components` are the XSAVE components that [`crate::cpu::fpu::init`] found.
+    pub fn new(node: &'static Node<B>, components: u64, vcpus_per_core: usize) -> Self {
+        let host = HostCpuid::read(|leaf, subleaf| node.backend.cpuid(leaf, subleaf));
         emulate::prepare();
         Self {
-            backend,
-            pool,
-            storage,
-            entropy,
+            node,
+            runner: Runner::new(node, 0),
             host,
             components,
+            vcpus_per_core,
             machines: Vec::new(),
-            loaded: None,
             next: 1,
             past_exits: ExitCounts::default(),
             past_accesses: 0,
-            turn: 0,
         }
     }
 
-    /// Makes a machine and starts it.
+    /// Makes a machine and starts it. Each of its vCPUs goes to the core that has the fewest.
     ///
     /// # Errors
     /// [`CreateError`] when the node has too little memory or the image cannot boot.
     pub fn create(&mut self, image: &LinuxImage<'_>, size: &Size) -> Result<MachineId, CreateError> {
-        self.unload();
-        let machine =
-            Machine::new(&mut self.backend, &mut self.pool, &self.host, self.components, image, size)?;
+        self.runner.unload();
+        let machine = Arc::new(Machine::new(self.node, &self.host, self.components, image, size)?);
+        for index in 0..machine.vcpus.len() {
+            let core = &self.node.cores[schedule::place(self.node.cores.iter().map(|core| core.load()))];
+            let vcpu = VcpuRef { machine: Arc::clone(&machine), index };
+            if !core.is_this() {
+                vcpu.release();
+            }
+            core.add(vcpu);
+        }
         let id = MachineId(self.next);
         self.next += 1;
         self.machines.push((id, machine));
@@ -102,155 +97,123 @@ impl<B: Backend> Fleet<B> {
     /// Ends a machine and takes every frame back; `None` when there is no such machine.
     pub fn destroy(&mut self, id: MachineId) -> Option<Remains> {
         let position = self.machines.iter().position(|(other, _)| *other == id)?;
-        if self.loaded == Some(id) {
-            self.unload();
-        }
-        let (_, machine) = self.machines.swap_remove(position);
-        let remains = Remains {
-            end: machine.end(),
-            exits: machine.exits,
-            peak_bytes: machine.memory_bytes(),
-            disk_problem: machine.volume.as_ref().and_then(Volume::problem),
-            console: machine.platform.console().last_lines(CONSOLE_LINES).join("\n"),
+        let (_, mut machine) = self.machines.swap_remove(position);
+        machine.stop(self.node);
+        self.runner.leave_ended();
+        // The other cores leave it as soon as they look, which takes them a few microseconds and no lock of this core's.
+        let machine = loop {
+            match Arc::try_unwrap(machine) {
+                Ok(machine) => break machine,
+                Err(shared) => machine = shared,
+            }
+            core::hint::spin_loop();
         };
-        self.past_exits.add(&machine.exits);
-        self.past_accesses += machine.hardware.accesses();
-        machine.free(&mut self.pool);
+        let remains = Remains {
+            end: machine.ended().cloned(),
+            exits: exits(&machine),
+            peak_bytes: machine.memory_bytes(),
+            disk_problem: machine.disk_problem(),
+            console: machine.console(CONSOLE_LINES).join("\n"),
+        };
+        self.past_exits.add(&remains.exits);
+        self.past_accesses += accesses(&machine);
+        machine.free(&self.node.pool);
         Some(remains)
     }
 
-    fn machine(&mut self, id: MachineId) -> Option<&mut Machine<B>> {
-        self.machines.iter_mut().find(|(other, _)| *other == id).map(|(_, machine)| machine)
-    }
-
-    fn machine_ref(&self, id: MachineId) -> Option<&Machine<B>> {
-        self.machines.iter().find(|(other, _)| *other == id).map(|(_, machine)| machine)
+    fn machine(&self, id: MachineId) -> Option<&Machine<B>> {
+        self.machines.iter().find(|(other, _)| *other == id).map(|(_, machine)| &**machine)
     }
 
     /// Why a machine ended, once it has.
     pub fn end(&self, id: MachineId) -> Option<End> {
-        self.machine_ref(id)?.end()
+        self.machine(id)?.ended().cloned()
     }
 
-    /// The host's end of a machine's vsock.
-    pub fn vsock(&mut self, id: MachineId) -> Option<&mut VsockHost> {
-        self.machine(id).map(|machine| machine.platform.vsock())
+    /// Lets `work` use a machine's devices; afterwards the guest is told what came of it.
+    pub fn with_platform<R>(&self, id: MachineId, work: impl FnOnce(&mut Platform) -> R) -> Option<R> {
+        self.machine(id).map(|machine| machine.with_devices_for_service(self.node, work))
     }
 
     /// A machine's exits so far, and the bytes of memory behind its RAM and the changes on its disk.
     pub fn figures(&self, id: MachineId) -> Option<(ExitCounts, u64)> {
-        self.machine_ref(id).map(|machine| (machine.exits, machine.memory_bytes()))
+        self.machine(id).map(|machine| (exits(machine), machine.memory_bytes()))
     }
 
     /// Exits of all machines since boot.
     pub fn total_exits(&self) -> ExitCounts {
         let mut total = self.past_exits;
         for (_, machine) in &self.machines {
-            total.add(&machine.exits);
+            total.add(&exits(machine));
         }
         total
     }
 
     /// Instructions that read or wrote a control block because of those exits.
     pub fn control_block_accesses(&self) -> u64 {
-        self.past_accesses + self.machines.iter().map(|(_, machine)| machine.hardware.accesses()).sum::<u64>()
+        self.past_accesses + self.machines.iter().map(|(_, machine)| accesses(machine)).sum::<u64>()
     }
 
-    /// How many machines there are.
-    pub fn len(&self) -> usize {
-        self.machines.len()
+    /// How many vCPUs there are.
+    pub fn vcpus(&self) -> usize {
+        self.machines.iter().map(|(_, machine)| machine.vcpus.len()).sum()
+    }
+
+    /// How many vCPUs there may be at once.
+    pub fn max_vcpus(&self) -> usize {
+        self.cores() * self.vcpus_per_core
+    }
+
+    /// How many vCPUs a machine can ever have.
+    pub fn max_machine_vcpus(&self) -> usize {
+        self.max_vcpus().min(VCPUS_MAX)
+    }
+
+    /// Cores in use.
+    pub fn cores(&self) -> usize {
+        self.node.cores.len()
     }
 
     /// Free and total memory for machines, in 4 KiB frames.
     pub fn frames(&self) -> (usize, usize) {
-        self.pool.counts()
+        self.node.pool.counts()
     }
 
     /// Whether a machine of this size can be made now, with what others may still touch set aside for them.
     pub fn fits(&self, size: &Size) -> bool {
         let promised: u64 = self.machines.iter().map(|(_, machine)| frames_needed(&machine.size)).sum();
-        promised + frames_needed(size) <= self.pool.counts().1 as u64
+        promised + frames_needed(size) <= self.frames().1 as u64
     }
 
     /// Whether a machine of this size can be made when nothing else runs.
     pub fn ever_fits(&self, size: &Size) -> bool {
-        frames_needed(size) <= self.pool.counts().1 as u64
+        frames_needed(size) <= self.frames().1 as u64
     }
 
     /// The backend's optional features.
     pub fn features(&self) -> &[(&'static str, bool)] {
-        self.backend.features()
+        self.node.backend.features()
     }
 
     /// Runs machines until `deadline` (nanoseconds since boot), a device interrupt, or something for the service to do; idles
     /// when all of them wait.
     pub fn run(&mut self, deadline: Option<u64>) {
-        let earliest = clock::now_ns().saturating_add(LEAST_SLICE_NS);
-        for _ in 0..self.machines.len() {
-            self.turn = self.turn.wrapping_add(1);
-            let position = self.turn % self.machines.len();
-            self.switch_to(position);
-            // Another machine's timer is a reason to stop this one.
-            let others = self.machines.iter().enumerate().filter(|(other, _)| *other != position);
-            // Not before this one has had its slice: a timer that is always late must not starve it.
-            let others = others.filter_map(|(_, (_, machine))| machine.deadline_ns());
-            let wake = others.map(|wake| wake.max(earliest)).chain(deadline).min();
-            let Some((_, machine)) = self.machines.get_mut(position) else { continue };
-            let mut node = Node {
-                pool: &mut self.pool,
-                storage: &mut self.storage,
-                entropy: self.entropy.as_mut(),
-                deadline: wake,
-                earliest,
-            };
-            match machine.run(&mut node) {
-                Pause::Halted => {}
-                // The service has seen the end and waits for something else, such as a slow reader of the log.
-                Pause::Ended if machine.end_seen => {}
-                Pause::Ended => {
-                    machine.end_seen = true;
-                    return;
-                }
-                Pause::Service => return,
-            }
-        }
-        self.idle(deadline);
+        let Self { node, runner, machines, .. } = self;
+        let wake_disks = || machines.iter().for_each(|(_, machine)| machine.wake_disk(node));
+        runner.run_until_service(deadline, wake_disks);
+        // Before the service looks: what calls it meanwhile is for its next round.
+        self.node.take_service_wanted();
     }
+}
 
-    /// Nothing to run: frames are zeroed ahead, then the core waits.
-    fn idle(&mut self, deadline: Option<u64>) {
-        let timers = self.machines.iter().filter_map(|(_, machine)| machine.deadline_ns());
-        let wake = timers.chain(deadline).chain(self.storage.deadline()).min();
-        if interrupts::device_pending() || wake.is_some_and(|wake| wake <= clock::now_ns()) {
-            return;
-        }
-        apic::timer_arm(wake);
-        if self.pool.clean_one() {
-            cpu::take_interrupts();
-        } else {
-            cpu::idle();
-        }
-        interrupts::take_timer();
-    }
+fn exits<B: Backend>(machine: &Machine<B>) -> ExitCounts {
+    let mut sum = ExitCounts::default();
+    machine.vcpus.iter().for_each(|vcpu| sum.add(&vcpu.exits.counts()));
+    sum
+}
 
-    fn unload(&mut self) {
-        let Some(id) = self.loaded.take() else { return };
-        if let Some(machine) = self.machine(id) {
-            machine.unload();
-        }
-    }
-
-    fn switch_to(&mut self, position: usize) {
-        let Some(&(id, _)) = self.machines.get(position) else { return };
-        if self.loaded == Some(id) {
-            return;
-        }
-        self.unload();
-        if let Some((_, machine)) = self.machines.get_mut(position) {
-            machine.load();
-            self.loaded = Some(id);
-        }
-    }
+fn accesses<B: Backend>(machine: &Machine<B>) -> u64 {
+    machine.vcpus.iter().map(VcpuCell::accesses).sum()
 }
 
 /// Frames of 4 KiB behind a machine at its largest: its RAM, what it may change on its disk, and one large frame split for its nested page tables.

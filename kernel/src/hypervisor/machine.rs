@@ -1,39 +1,40 @@
-//! One machine: its vCPU, RAM, nested page table and devices, from creation to the return of every frame.
+//! One machine: what its vCPUs share, from creation to the return of every frame.
 
-use super::backend::{Backend, TscOffset, VendorVcpu};
+use super::backend::{Backend, TscOffset};
 use super::config_space::ConfigSpace;
-use super::exit::{Exit, ExitCounts};
+use super::disk::MachineDisk;
 use super::nested::NestedTable;
+use super::node::Node;
 use super::ram::{Ram, RamView};
-use crate::cpu::fpu::{self, XsaveArea};
-use crate::cpu::guest_registers::{self, BreakpointAddresses};
-use crate::cpu::{barriers, clock};
+use super::vcpu::{Activity, Place, VcpuCell};
+use crate::cpu::clock;
 use crate::memory::frames::{FramePool, LARGE_FRAME, PrivateFrame};
+use alloc::boxed::Box;
 use alloc::string::String;
-use alloc::sync::Arc;
+use alloc::vec::Vec;
 use core::fmt;
+use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use nestling_machine::address::GuestPhysAddr;
 use nestling_machine::memory::MemoryError;
 use nestling_machine::platform::linux::{self, BootError, LinuxImage};
-use nestling_machine::platform::{DiskConfig, MachineEnd, Platform, PlatformConfig};
-use nestling_machine::vcpu::{HostCpuid, Vcpu, VcpuConfig};
+use nestling_machine::platform::{DiskConfig, Host, MachineEnd, Platform, PlatformConfig, VsockState};
+use nestling_machine::vcpu::{HostCpuid, InterruptRouter, Vcpu, VcpuConfig};
 use nestling_storage::volume::{Base, Volume};
+use spin::{Mutex, Once};
 
 /// The context id every guest has on its own vsock.
 const GUEST_CID: u64 = 3;
-
-/// A timer this many ticks ahead (years, at any rate) never fires.
-const NEVER_TICKS: u64 = 1 << 60;
 
 /// Why a machine runs no more.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum End {
     /// By its devices: power-off, reset, or a broken queue.
     Platform(MachineEnd),
-    /// The vCPU shut down after a triple fault.
+    /// A vCPU shut down after a triple fault.
     TripleFault,
-    /// HLT with interrupts off: nothing can wake it.
+    /// HLT with interrupts off on every vCPU that runs: nothing can wake one.
     Halted,
-    /// An INIT from itself: nothing can start it again.
+    /// An INIT from its only vCPU to itself: nothing can start it again.
     WaitsForStartUp,
     /// The node ran out of frames for its RAM.
     OutOfFrames,
@@ -77,11 +78,36 @@ impl fmt::Display for CreateError {
     }
 }
 
+/// What the guest changes on its devices that the service may wait for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Progress {
+    /// The vsock connection's state, bytes to take, and bytes that wait for room.
+    vsock: (VsockState, usize, usize),
+}
+
+/// A machine's devices. Who has touched them settles what comes of it: see [`Machine::with_devices`].
+pub struct Devices {
+    pub(super) platform: Platform,
+    volume: Option<Volume<PrivateFrame>>,
+    pub(super) config_space: ConfigSpace,
+    /// What the service has seen of them.
+    seen: Progress,
+}
+
+impl Devices {
+    fn progress(&mut self) -> Progress {
+        let vsock = self.platform.vsock();
+        Progress { vsock: (vsock.state(), vsock.readable(), vsock.unsent()) }
+    }
+}
+
 /// What a machine gets of the node.
 #[derive(Clone, Copy, Debug)]
 pub struct Size {
-    /// Its RAM in MiB.
+    /// Its RAM in MiB, a multiple of 2.
     pub memory_mib: u32,
+    /// How many vCPUs it has, at least 1.
+    pub vcpu_count: u32,
     /// Its disk, if it has one.
     pub disk: Option<DiskSize>,
 }
@@ -97,46 +123,43 @@ pub struct DiskSize {
     pub overlay_bytes: u64,
 }
 
-/// A machine of one vCPU.
+/// A machine.
 pub struct Machine<B: Backend> {
-    pub(super) hardware: B::Vcpu,
-    pub(super) vcpu: Vcpu,
-    pub(super) platform: Platform,
+    pub(super) vcpus: Box<[VcpuCell<B>]>,
+    pub(super) router: InterruptRouter,
     pub(super) ram: Ram,
-    pub(super) volume: Option<Volume<PrivateFrame>>,
-    pub(super) seen_arrivals: u64,
-    pub(super) nested: NestedTable<B::Entry>,
-    pub(super) config_space: ConfigSpace,
-    pub(super) xsave: XsaveArea,
-    pub(super) breakpoints: BreakpointAddresses,
-    pub(super) offset: TscOffset,
-    pub(super) halted: bool,
-    pub(super) end: Option<End>,
-    pub(super) end_seen: bool,
     pub(super) size: Size,
-    pub(super) exits: ExitCounts,
-    pub(super) last_exit: Option<Exit>,
-    pub(super) exceptions_in_a_row: u32,
+    devices: Mutex<Devices>,
+    nested: Mutex<NestedTable<B::Entry>>,
+    end: Once<End>,
+    /// It has ended or is to be destroyed: no vCPU is entered again.
+    is_over: AtomicBool,
+    /// Nobody waits for its agent yet.
+    is_booting: AtomicBool,
+    /// See [`Self::has_work`].
+    has_work: AtomicBool,
+    /// vCPUs that only another vCPU can wake.
+    stuck: AtomicUsize,
 }
 
 impl<B: Backend> Machine<B> {
-    /// Makes a machine and loads its kernel. `components` are the XSAVE components of the node.
+    /// Makes a machine and loads its kernel. `components` are the XSAVE components of the node. No vCPU is loaded on this core.
     ///
     /// # Errors
     /// [`CreateError`]; nothing is kept then.
     pub fn new(
-        backend: &mut B,
-        pool: &mut FramePool,
-        host: &Arc<HostCpuid>,
+        node: &Node<B>,
+        host: &HostCpuid,
         components: u64,
         image: &LinuxImage<'_>,
         size: &Size,
     ) -> Result<Self, CreateError> {
-        let ram_bytes = u64::from(size.memory_mib) << 20;
+        let Size { memory_mib, vcpu_count, disk } = *size;
+        let pool = &node.pool;
+        let ram_bytes = u64::from(memory_mib) << 20;
         let Some(nested) = NestedTable::new(pool) else { return Err(CreateError::OutOfFrames) };
-        let mut ram = Ram::new(ram_bytes);
-        let loaded = linux::load(&mut RamView { ram: &mut ram, pool }, image, ram_bytes, 1);
-        let state = match loaded {
+        let ram = Ram::new(ram_bytes);
+        let state = match linux::load(&mut RamView { ram: &ram, pool }, image, ram_bytes, vcpu_count) {
             Ok(state) => state,
             Err(error) => {
                 ram.free(pool);
@@ -147,32 +170,44 @@ impl<B: Backend> Machine<B> {
                 });
             }
         };
+        // The same for all, so that their counters agree.
         let offset = TscOffset(clock::tsc().wrapping_neg());
-        let mut hardware = backend.vcpu(nested.root(), &state);
-        hardware.set_tsc_offset(offset.0);
         let tsc_khz = u32::try_from(clock::khz()).unwrap_or(u32::MAX);
-        let mut machine = Self {
-            hardware,
-            vcpu: Vcpu::new(&VcpuConfig { id: 0, vcpu_count: 1, tsc_khz }, host),
+        let vcpu = |id| {
+            let mut vcpu = Vcpu::new(&VcpuConfig { id, vcpu_count, tsc_khz }, host);
+            let (state, activity) = match id {
+                0 => (state, Activity::Running),
+                _ => (vcpu.init(), Activity::WaitsForStartUp),
+            };
+            let hardware = node.backend.vcpu(nested.root(), &state);
+            VcpuCell::new(hardware, vcpu, offset, activity, components)
+        };
+        let vcpus: Box<[_]> = (0..vcpu_count).map(vcpu).collect();
+        let mut devices = Devices {
             platform: Platform::new(PlatformConfig {
                 guest_cid: GUEST_CID,
-                disk: size.disk.map(|disk| DiskConfig { bytes: disk.bytes, queues: 1 }),
+                disk: disk.map(|disk| DiskConfig {
+                    bytes: disk.bytes,
+                    queues: u16::try_from(vcpu_count).unwrap_or(u16::MAX),
+                }),
             }),
-            ram,
-            volume: size.disk.map(|disk| Volume::new(disk.base, disk.bytes, disk.overlay_bytes)),
-            seen_arrivals: 0,
-            nested,
+            volume: disk.map(|disk| Volume::new(disk.base, disk.bytes, disk.overlay_bytes)),
             config_space: ConfigSpace::new(),
-            xsave: XsaveArea::new(components),
-            breakpoints: BreakpointAddresses::default(),
-            offset,
-            halted: false,
-            end: None,
-            end_seen: false,
+            seen: Progress { vsock: (VsockState::Listening, 0, 0) },
+        };
+        devices.seen = devices.progress();
+        let mut machine = Self {
+            stuck: AtomicUsize::new(vcpus.len().saturating_sub(1)),
+            vcpus,
+            router: InterruptRouter::new(vcpu_count),
+            ram,
             size: *size,
-            exits: ExitCounts::default(),
-            last_exit: None,
-            exceptions_in_a_row: 0,
+            devices: Mutex::new(devices),
+            nested: Mutex::new(nested),
+            end: Once::new(),
+            is_over: AtomicBool::new(false),
+            is_booting: AtomicBool::new(true),
+            has_work: AtomicBool::new(false),
         };
         if machine.map_backed(pool) && machine.map_config_space(pool) {
             Ok(machine)
@@ -183,59 +218,205 @@ impl<B: Backend> Machine<B> {
     }
 
     /// Maps what loading has already touched, so that it does not fault.
-    fn map_backed(&mut self, pool: &mut FramePool) -> bool {
-        self.ram.backed().all(|(at, frame)| self.nested.map(at, frame, pool))
+    fn map_backed(&mut self, pool: &FramePool) -> bool {
+        let nested = self.nested.get_mut();
+        self.ram.backed().all(|(at, frame)| nested.map(at, frame, pool))
     }
 
-    fn map_config_space(&mut self, pool: &mut FramePool) -> bool {
-        self.config_space.map::<B>(&self.platform, &mut self.nested, pool)
+    fn map_config_space(&mut self, pool: &FramePool) -> bool {
+        let Devices { platform, config_space, .. } = self.devices.get_mut();
+        config_space.map(platform, self.nested.get_mut(), pool)
     }
 
-    /// Gives every frame back. The machine must not be loaded on a core.
-    pub fn free(self, pool: &mut FramePool) {
-        drop(self.hardware);
-        self.nested.free(pool);
-        self.config_space.free(pool);
+    /// Gives every frame back. No core has any of its vCPUs.
+    pub fn free(self, pool: &FramePool) {
+        drop(self.vcpus);
+        self.nested.into_inner().free(pool);
+        let Devices { config_space, volume, .. } = self.devices.into_inner();
+        config_space.free(pool);
         self.ram.free(pool);
-        for slab in self.volume.into_iter().flat_map(Volume::into_slabs) {
+        for slab in volume.into_iter().flat_map(Volume::into_slabs) {
             pool.free_large(slab.into_frame());
         }
     }
 
     /// Bytes of memory behind its RAM and the changes on its disk.
     pub fn memory_bytes(&self) -> u64 {
-        let slabs = self.volume.as_ref().map_or(0, Volume::slabs);
+        let slabs = self.devices.lock().volume.as_ref().map_or(0, Volume::slabs);
         self.ram.backed_bytes() + slabs as u64 * LARGE_FRAME
     }
 
+    /// What went wrong with its disk for want of memory.
+    pub fn disk_problem(&self) -> Option<String> {
+        self.devices.lock().volume.as_ref().and_then(Volume::problem)
+    }
+
+    /// RAM as devices and emulation see it.
+    pub(super) fn memory<'a>(&'a self, node: &'a Node<B>) -> RamView<'a> {
+        RamView { ram: &self.ram, pool: &node.pool }
+    }
+
+    /// Lets `work` use the devices, and settles what comes of it: queues are worked on, interrupts go to their vCPUs, an end is noticed.
+    /// True when the service has not seen all that is there for it.
+    pub(super) fn with_devices<R>(&self, node: &Node<B>, work: impl FnOnce(&mut Devices) -> R) -> (R, bool) {
+        let mut devices = self.devices.lock();
+        let result = work(&mut devices);
+        let progress = self.settle(&mut devices, node);
+        (result, progress != devices.seen)
+    }
+
+    /// The same for the service, which sees what there is.
+    pub fn with_devices_for_service<R>(&self, node: &Node<B>, work: impl FnOnce(&mut Platform) -> R) -> R {
+        let mut devices = self.devices.lock();
+        let result = work(&mut devices.platform);
+        devices.seen = self.settle(&mut devices, node);
+        if self.has_work() {
+            self.notify(node, 0);
+        }
+        result
+    }
+
+    fn settle(&self, devices: &mut Devices, node: &Node<B>) -> Progress {
+        let Devices { platform, volume, .. } = devices;
+        if platform.needs_poll() && !self.is_over() {
+            self.work(platform, volume.as_mut(), node);
+        }
+        self.has_work.store(platform.needs_poll(), Ordering::Relaxed);
+        while let Some(message) = platform.take_interrupt() {
+            self.router.post_message(&message, |vcpu| self.notify(node, vcpu));
+        }
+        if let Some(end) = platform.end() {
+            self.end(node, || End::Platform(end.clone()));
+        }
+        let progress = devices.progress();
+        self.is_booting.store(progress.vsock.0 == VsockState::Listening, Ordering::Relaxed);
+        progress
+    }
+
+    /// Lets the devices do a piece of their work.
+    fn work(&self, platform: &mut Platform, mut volume: Option<&mut Volume<PrivateFrame>>, node: &Node<B>) {
+        let mut storage = node.storage.lock();
+        let mut disk = MachineDisk { volume: volume.as_deref_mut(), cache: &mut storage.cache };
+        let mut host = Host { entropy: &mut **node.entropy.lock(), disk: &mut disk };
+        platform.poll(&mut self.memory(node), &mut host);
+        drop(host);
+        node.poll_storage(&mut storage);
+        let Some(volume) = volume else { return };
+        if volume.wants_slab() {
+            volume.give_slab(node.pool.large().map(PrivateFrame::new));
+            platform.wake_disk();
+        }
+        if let Some(reason) = volume.fault() {
+            self.end(node, || End::Disk(reason.into()));
+        }
+    }
+
+    /// Something has arrived from the node's disk that its own may wait for.
+    pub fn wake_disk(&self, node: &Node<B>) {
+        if self.size.disk.is_some() {
+            self.with_devices_for_service(node, Platform::wake_disk);
+        }
+    }
+
+    /// Whether its devices have done a piece of their work and go on, which any of its vCPUs sees to.
+    pub fn has_work(&self) -> bool {
+        self.has_work.load(Ordering::Relaxed)
+    }
+
+    /// Something was posted to a vCPU: sees to it that it is looked at in time.
+    pub(super) fn notify(&self, node: &Node<B>, vcpu: usize) {
+        let Some(cell) = self.vcpus.get(vcpu) else { return };
+        let Some(core) = node.cores.get(cell.core()) else { return };
+        match cell.place() {
+            // It looks when its turn comes.
+            Place::Ready => {}
+            // It looks before its next entry, and on this core is not in the guest now.
+            Place::Current if core.is_this() => {}
+            Place::Current | Place::Resting => core.kick(),
+        }
+    }
+
+    /// A large page of RAM was touched: maps it. False when the pool is empty.
+    pub(super) fn map(&self, node: &Node<B>, at: GuestPhysAddr) -> bool {
+        match self.ram.back(at, &node.pool) {
+            Ok(frame) => self.nested.lock().map(at, frame, &node.pool),
+            Err(_) => false,
+        }
+    }
+
+    /// Shows the guest what a write to configuration space has changed there.
+    pub(super) fn update_config_space(&self, node: &Node<B>, devices: &mut Devices) {
+        let Devices { platform, config_space, .. } = devices;
+        if config_space.update(platform, &mut self.nested.lock(), &node.pool) {
+            self.drop_translations(node);
+        }
+    }
+
+    /// Sees to it that no vCPU uses a nested translation any more that was cached before.
+    fn drop_translations(&self, node: &Node<B>) {
+        self.vcpus.iter().for_each(VcpuCell::want_flush);
+        for cell in &self.vcpus {
+            let Some(core) = node.cores.get(cell.core()).filter(|core| !core.is_this()) else { continue };
+            if cell.place() != Place::Current {
+                continue;
+            }
+            core.kick();
+            // Outside of the guest it drops them before it enters again. It needs no lock to get there.
+            while cell.wants_flush() && cell.place() == Place::Current && core.is_in_guest() {
+                core::hint::spin_loop();
+            }
+        }
+    }
+
+    /// Ends the machine, unless it has ended already.
+    pub(super) fn end(&self, node: &Node<B>, end: impl FnOnce() -> End) {
+        self.end.call_once(end);
+        if !self.is_over.swap(true, Ordering::SeqCst) {
+            self.kick_all(node);
+            node.want_service();
+        }
+    }
+
+    /// Sees to it that no vCPU is entered again.
+    pub fn stop(&self, node: &Node<B>) {
+        self.is_over.store(true, Ordering::SeqCst);
+        self.kick_all(node);
+    }
+
+    fn kick_all(&self, node: &Node<B>) {
+        self.vcpus.iter().filter_map(|cell| node.cores.get(cell.core())).for_each(|core| core.kick());
+    }
+
+    /// A vCPU waits for what only another one can send it. When all do, `end` is the machine's.
+    pub(super) fn add_stuck(&self, node: &Node<B>, end: End) {
+        let all = self.stuck.fetch_add(1, Ordering::SeqCst) + 1 >= self.vcpus.len();
+        if all && !self.router.has_signal() {
+            self.end(node, || end);
+        }
+    }
+
+    /// It looks at what it was sent. Before it takes anything: another must not find the inbox empty and this one stuck.
+    pub(super) fn remove_stuck(&self) {
+        self.stuck.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// Whether it has ended or is to be destroyed.
+    pub fn is_over(&self) -> bool {
+        self.is_over.load(Ordering::SeqCst)
+    }
+
     /// Why it ended, once it has.
-    pub fn end(&self) -> Option<End> {
-        self.end.clone().or_else(|| self.platform.end().cloned().map(End::Platform))
+    pub fn ended(&self) -> Option<&End> {
+        self.end.get()
     }
 
-    /// When its timer next needs the core, in nanoseconds since boot.
-    pub fn deadline_ns(&self) -> Option<u64> {
-        let deadline = self.vcpu.lapic.next_deadline()?;
-        // A guest may ask for a time that lies centuries ahead and, on the host's counter, beyond its end.
-        let left = deadline.0.saturating_sub(self.offset.guest(clock::tsc()).0);
-        (left < NEVER_TICKS).then(|| clock::ns_at_tsc(self.offset.host(deadline)))
+    /// Whether nobody waits for its agent yet.
+    pub fn is_booting(&self) -> bool {
+        self.is_booting.load(Ordering::Relaxed)
     }
 
-    /// Takes the machine's state off the core.
-    pub fn unload(&mut self) {
-        self.hardware.unload();
-        self.breakpoints.save();
-        self.vcpu.observe_xcr0(fpu::xcr0());
-        self.xsave.save();
-    }
-
-    /// Puts the machine's state on the core.
-    pub fn load(&mut self) {
-        barriers::between_machines();
-        self.xsave.restore();
-        fpu::load_xcr0(self.vcpu.xcr0());
-        self.breakpoints.load();
-        guest_registers::load_tsc_aux(self.vcpu.tsc_aux());
-        self.hardware.load();
+    /// The last `lines` that it printed on its console.
+    pub fn console(&self, lines: usize) -> Vec<String> {
+        self.devices.lock().platform.console().last_lines(lines)
     }
 }

@@ -1,25 +1,33 @@
-//! Running machines: the fleet of a node, the vCPU loop, exits, nested paging, and the vendors behind one trait.
+//! Running machines: the fleet of a node, its cores, the vCPU loop, exits, nested paging, and the vendors behind one trait.
 
 mod backend;
 mod config_space;
+mod cores;
 mod disk;
 mod exit;
 mod fleet;
+mod handle;
 mod machine;
 mod nested;
+mod node;
 mod ram;
 mod refusal;
 mod run;
+mod schedule;
+pub mod settings;
 mod svm;
+mod vcpu;
 mod vmx;
 
 use crate::cpu::features::cpuid;
 use nestling_machine::vcpu::HostCpuid;
 
 pub use backend::Backend;
+pub use cores::Runner;
 pub use exit::ExitCounts;
 pub use fleet::{Fleet, MachineId};
 pub use machine::{CreateError, DiskSize, End, Size};
+pub use node::Node;
 pub use svm::Svm;
 pub use vmx::Vmx;
 

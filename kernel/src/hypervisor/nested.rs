@@ -31,7 +31,7 @@ pub struct NestedTable<E> {
 
 impl<E: NestedEntry> NestedTable<E> {
     /// An empty table; `None` when the pool is empty.
-    pub fn new(frames: &mut FramePool) -> Option<Self> {
+    pub fn new(frames: &FramePool) -> Option<Self> {
         let root = frames.small()?;
         Some(Self { root: root.address(), tables: Vec::from([root]), entry: PhantomData })
     }
@@ -42,7 +42,7 @@ impl<E: NestedEntry> NestedTable<E> {
     }
 
     /// Maps the 2 MiB page around `guest` to `frame`. False when the pool had no frame for a table.
-    pub fn map(&mut self, guest: GuestPhysAddr, frame: &LargeFrame, frames: &mut FramePool) -> bool {
+    pub fn map(&mut self, guest: GuestPhysAddr, frame: &LargeFrame, frames: &FramePool) -> bool {
         let Some(slot) = self.slot(guest, 1, frames) else { return false };
         // SAFETY: the slot is the guest's own table's. The frame outlives the entry: the machine owns both.
         unsafe { ptr::write_volatile(slot, E::large_leaf(frame.address() & !(LARGE_FRAME - 1))) };
@@ -51,7 +51,7 @@ impl<E: NestedEntry> NestedTable<E> {
 
     /// Maps the 4 KiB page around `guest`, where no large page is, to the page at physical address `page`, which the guest may read and not
     /// write. The page must outlive the table. False when the pool had no frame for a table.
-    pub fn map_read_only(&mut self, guest: GuestPhysAddr, page: u64, frames: &mut FramePool) -> bool {
+    pub fn map_read_only(&mut self, guest: GuestPhysAddr, page: u64, frames: &FramePool) -> bool {
         let Some(slot) = self.slot(guest, 0, frames) else { return false };
         // SAFETY: the slot is the guest's own table's; the caller keeps the page.
         unsafe { ptr::write_volatile(slot, E::read_only_leaf(page & !(SMALL_FRAME - 1))) };
@@ -59,7 +59,7 @@ impl<E: NestedEntry> NestedTable<E> {
     }
 
     /// Takes away the 4 KiB page that [`Self::map_read_only`] mapped around `guest`. Cached translations have to be dropped.
-    pub fn unmap(&mut self, guest: GuestPhysAddr, frames: &mut FramePool) {
+    pub fn unmap(&mut self, guest: GuestPhysAddr, frames: &FramePool) {
         if let Some(slot) = self.slot(guest, 0, frames) {
             // SAFETY: the slot is the guest's own table's.
             unsafe { ptr::write_volatile(slot, 0) };
@@ -67,7 +67,7 @@ impl<E: NestedEntry> NestedTable<E> {
     }
 
     /// Where the entry for `guest` stands in the table of `level`, with tables down to there; `None` when the pool had no frame for one.
-    fn slot(&mut self, guest: GuestPhysAddr, level: u32, frames: &mut FramePool) -> Option<*mut u64> {
+    fn slot(&mut self, guest: GuestPhysAddr, level: u32, frames: &FramePool) -> Option<*mut u64> {
         let mut table = self.root;
         for level in (level + 1..=3).rev() {
             let slot = slot(table, guest, level);
@@ -88,7 +88,7 @@ impl<E: NestedEntry> NestedTable<E> {
     }
 
     /// Gives every table back. The vCPUs that used it are gone.
-    pub fn free(self, frames: &mut FramePool) {
+    pub fn free(self, frames: &FramePool) {
         for table in self.tables {
             frames.free_small(table);
         }

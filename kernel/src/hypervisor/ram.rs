@@ -1,26 +1,30 @@
 //! A machine's RAM: 2 MiB frames, taken from the pool when first touched.
+//!
+//! Any core reaches it at any time without a lock: a frame, once there, stays for as long as the machine.
 
 use crate::memory::frames::{FramePool, LARGE_FRAME, LargeFrame};
-use alloc::vec::Vec;
+use alloc::boxed::Box;
 use core::ptr;
+use core::sync::atomic::{Ordering, compiler_fence};
 use nestling_machine::address::GuestPhysAddr;
 use nestling_machine::layout::{HIGH_RAM_START, LOW_RAM_END};
 use nestling_machine::memory::{GuestMemory, MemoryError};
+use spin::Once;
 
 /// The frames behind a machine's RAM, by number of the 2 MiB page.
 pub struct Ram {
-    frames: Vec<Option<LargeFrame>>,
+    frames: Box<[Once<LargeFrame>]>,
 }
 
 impl Ram {
     /// RAM of `bytes`, a multiple of 2 MiB, none of it backed yet.
     pub fn new(bytes: u64) -> Self {
-        Self { frames: (0..bytes / LARGE_FRAME).map(|_| None).collect() }
+        Self { frames: (0..bytes / LARGE_FRAME).map(|_| Once::new()).collect() }
     }
 
     /// Bytes that are backed by frames.
     pub fn backed_bytes(&self) -> u64 {
-        self.frames.iter().flatten().count() as u64 * LARGE_FRAME
+        self.frames.iter().filter(|frame| frame.is_completed()).count() as u64 * LARGE_FRAME
     }
 
     /// Index of the page that holds `at`; `None` where there is no RAM.
@@ -42,13 +46,11 @@ impl Ram {
     ///
     /// # Errors
     /// [`MemoryError::NotRam`], or [`MemoryError::OutOfFrames`] when the pool is empty.
-    pub fn back(&mut self, at: GuestPhysAddr, pool: &mut FramePool) -> Result<&LargeFrame, MemoryError> {
-        let index = self.index(at).ok_or(MemoryError::NotRam { at, length: 1 })?;
-        let slot = self.frames.get_mut(index).ok_or(MemoryError::NotRam { at, length: 1 })?;
-        if slot.is_none() {
-            *slot = Some(pool.large().ok_or(MemoryError::OutOfFrames)?);
-        }
-        slot.as_ref().ok_or(MemoryError::OutOfFrames)
+    pub fn back(&self, at: GuestPhysAddr, pool: &FramePool) -> Result<&LargeFrame, MemoryError> {
+        let slot = self.index(at).and_then(|index| self.frames.get(index));
+        let slot = slot.ok_or(MemoryError::NotRam { at, length: 1 })?;
+        // Of several cores that touch a page at once, one takes the frame and the others wait for it.
+        slot.try_call_once(|| pool.large().ok_or(MemoryError::OutOfFrames))
     }
 
     /// Every backed page: its guest physical address and its frame.
@@ -56,13 +58,13 @@ impl Ram {
         self.frames.iter().enumerate().filter_map(|(index, frame)| {
             let offset = index as u64 * LARGE_FRAME;
             let at = if offset < LOW_RAM_END { offset } else { offset - LOW_RAM_END + HIGH_RAM_START };
-            frame.as_ref().map(|frame| (GuestPhysAddr(at), frame))
+            frame.get().map(|frame| (GuestPhysAddr(at), frame))
         })
     }
 
     /// Gives every frame back.
-    pub fn free(self, pool: &mut FramePool) {
-        for frame in self.frames.into_iter().flatten() {
+    pub fn free(self, pool: &FramePool) {
+        for frame in self.frames.into_iter().filter_map(Once::try_into_inner) {
             pool.free_large(frame);
         }
     }
@@ -71,9 +73,9 @@ impl Ram {
 /// RAM together with the pool that new frames come from: what devices and emulation see.
 pub struct RamView<'a> {
     /// The machine's RAM.
-    pub ram: &'a mut Ram,
+    pub ram: &'a Ram,
     /// The node's frames.
-    pub pool: &'a mut FramePool,
+    pub pool: &'a FramePool,
 }
 
 /// Splits a range at 2 MiB borders: offset of each piece within the range, its address, its length.
@@ -97,12 +99,10 @@ impl GuestMemory for RamView<'_> {
         for (offset, address, length) in pieces(at, into.len()) {
             let index = self.ram.index(address).ok_or(refused)?;
             let target = into.get_mut(offset..offset + length).ok_or(refused)?;
-            match self.ram.frames.get(index).and_then(Option::as_ref) {
-                // SAFETY: the frame is owned by this machine and identity-mapped; the piece does not cross its end. The guest may
-                // write at the same time only from another core, which a machine of one vCPU does not have.
+            match self.ram.frames.get(index).and_then(Once::get) {
+                // SAFETY: the frame is owned by this machine and identity-mapped; the piece does not cross its end.
                 Some(frame) => unsafe {
-                    let source = (frame.address() + address.0 % LARGE_FRAME) as *const u8;
-                    ptr::copy_nonoverlapping(source, target.as_mut_ptr(), length);
+                    read((frame.address() + address.0 % LARGE_FRAME) as *const u8, target);
                 },
                 None => target.fill(0),
             }
@@ -119,11 +119,57 @@ impl GuestMemory for RamView<'_> {
                 other => other,
             })?;
             // SAFETY: as in `read`; L1's own buffers are never inside a machine's frame.
-            unsafe {
-                let target = (frame.address() + address.0 % LARGE_FRAME) as *mut u8;
-                ptr::copy_nonoverlapping(source.as_ptr(), target, length);
-            }
+            unsafe { write((frame.address() + address.0 % LARGE_FRAME) as *mut u8, source) };
         }
         Ok(())
     }
+}
+
+/// Copies from memory that a guest may be changing on another core. Naturally aligned words of 2, 4 and 8 bytes are read as one, as drivers
+/// and devices expect of indices and descriptors; of anything else a part may be older than another.
+///
+/// # Safety
+/// `into.len()` bytes from `from` on are mapped and no Rust object of L1's.
+unsafe fn read(from: *const u8, into: &mut [u8]) {
+    compiler_fence(Ordering::SeqCst);
+    // SAFETY: mapped by the caller's word, and aligned where a word is read.
+    unsafe {
+        match into.len() {
+            2 if from.cast::<u16>().is_aligned() => {
+                into.copy_from_slice(&ptr::read_volatile(from.cast::<u16>()).to_ne_bytes());
+            }
+            4 if from.cast::<u32>().is_aligned() => {
+                into.copy_from_slice(&ptr::read_volatile(from.cast::<u32>()).to_ne_bytes());
+            }
+            8 if from.cast::<u64>().is_aligned() => {
+                into.copy_from_slice(&ptr::read_volatile(from.cast::<u64>()).to_ne_bytes());
+            }
+            length => ptr::copy_nonoverlapping(from, into.as_mut_ptr(), length),
+        }
+    }
+    compiler_fence(Ordering::SeqCst);
+}
+
+/// The same in the other direction.
+///
+/// # Safety
+/// As for [`read`].
+unsafe fn write(to: *mut u8, from: &[u8]) {
+    compiler_fence(Ordering::SeqCst);
+    // SAFETY: as in `read`.
+    unsafe {
+        match *from {
+            [a, b] if to.cast::<u16>().is_aligned() => {
+                ptr::write_volatile(to.cast::<u16>(), u16::from_ne_bytes([a, b]));
+            }
+            [a, b, c, d] if to.cast::<u32>().is_aligned() => {
+                ptr::write_volatile(to.cast::<u32>(), u32::from_ne_bytes([a, b, c, d]));
+            }
+            [a, b, c, d, e, f, g, h] if to.cast::<u64>().is_aligned() => {
+                ptr::write_volatile(to.cast::<u64>(), u64::from_ne_bytes([a, b, c, d, e, f, g, h]));
+            }
+            _ => ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()),
+        }
+    }
+    compiler_fence(Ordering::SeqCst);
 }

@@ -5,6 +5,7 @@
 
 use alloc::vec::Vec;
 use core::{ptr, slice};
+use spin::Mutex;
 
 /// Bytes of a large frame.
 pub const LARGE_FRAME: u64 = 2 << 20;
@@ -75,51 +76,62 @@ struct Split {
     count: usize,
 }
 
-/// All memory that machines can have.
-pub struct FramePool {
+/// The frames that nobody owns.
+struct Free {
     clean: Vec<u64>,
     dirty: Vec<u64>,
     split: Vec<Split>,
+    /// Frames that a core is zeroing ahead of need: in no list, and soon in `clean`.
+    in_work: usize,
+}
+
+/// All memory that machines can have. Every core takes frames from it and gives them back; its lock is held for a few instructions, never
+/// while a frame is zeroed, and no other is taken under it.
+pub struct FramePool {
+    free: Mutex<Free>,
     total_large: usize,
 }
 
 impl FramePool {
     /// An empty pool.
     pub const fn new() -> Self {
-        Self { clean: Vec::new(), dirty: Vec::new(), split: Vec::new(), total_large: 0 }
+        let free = Free { clean: Vec::new(), dirty: Vec::new(), split: Vec::new(), in_work: 0 };
+        Self { free: Mutex::new(free), total_large: 0 }
     }
 
     /// Adds usable RAM; both ends are multiples of 2 MiB.
     pub fn add(&mut self, start: u64, end: u64) {
         let frames = (start..end).step_by(LARGE_FRAME as usize);
         self.total_large += frames.clone().count();
-        self.dirty.extend(frames);
+        let Free { clean, dirty, .. } = self.free.get_mut();
+        dirty.extend(frames);
         // Freeing must not need memory: room for every frame in both lists.
-        self.dirty.reserve(self.total_large - self.dirty.len());
-        self.clean.reserve(self.total_large - self.clean.len());
+        dirty.reserve(self.total_large - dirty.len());
+        clean.reserve(self.total_large - clean.len());
     }
 
     /// Free memory and all memory, in 4 KiB frames.
     pub fn counts(&self) -> (usize, usize) {
-        let large = self.clean.len() + self.dirty.len();
-        let small: usize = self.split.iter().map(|split| split.count).sum();
+        let free = self.free.lock();
+        let large = free.clean.len() + free.dirty.len() + free.in_work;
+        let small: usize = free.split.iter().map(|split| split.count).sum();
         (large * SMALL_PER_LARGE + small, self.total_large * SMALL_PER_LARGE)
     }
 
     /// A zeroed 2 MiB frame; `None` when there is none.
-    pub fn large(&mut self) -> Option<LargeFrame> {
-        if let Some(address) = self.clean.pop() {
-            return Some(LargeFrame(address));
+    pub fn large(&self) -> Option<LargeFrame> {
+        let (address, is_clean) = self.take()?;
+        if !is_clean {
+            zero(address, LARGE_FRAME);
         }
-        let address = self.dirty.pop()?;
-        zero(address, LARGE_FRAME);
         Some(LargeFrame(address))
     }
 
     /// Takes at least `bytes` of memory out of the pool for good, in one piece; `None` when no such piece is free. What it holds means nothing.
     pub fn carve(&mut self, bytes: u64) -> Option<&'static mut [u8]> {
+        let Free { clean, dirty, .. } = self.free.get_mut();
         let count = usize::try_from(bytes.div_ceil(LARGE_FRAME)).ok().filter(|count| *count > 0)?;
-        let mut free: Vec<u64> = self.dirty.iter().chain(&self.clean).copied().collect();
+        let mut free: Vec<u64> = dirty.iter().chain(&*clean).copied().collect();
         free.sort_unstable();
         let span = (count as u64 - 1) * LARGE_FRAME;
         let start = free.windows(count).find_map(|run| match run {
@@ -128,56 +140,93 @@ impl FramePool {
             _ => None,
         })?;
         let taken = start..start + span + LARGE_FRAME;
-        self.dirty.retain(|address| !taken.contains(address));
-        self.clean.retain(|address| !taken.contains(address));
+        dirty.retain(|address| !taken.contains(address));
+        clean.retain(|address| !taken.contains(address));
         self.total_large -= count;
         // SAFETY: the frames were the pool's own, identity-mapped RAM that has some content, and are in no list any more.
         Some(unsafe { slice::from_raw_parts_mut(start as *mut u8, (span + LARGE_FRAME) as usize) })
     }
 
-    /// A zeroed 4 KiB frame; `None` when there is none.
-    pub fn small(&mut self) -> Option<SmallFrame> {
-        if !self.split.iter().any(|split| split.count > 0) {
-            let base = self.dirty.pop().or_else(|| self.clean.pop())?;
-            self.split.push(Split { base, free: [u64::MAX; SMALL_PER_LARGE / 64], count: SMALL_PER_LARGE });
+    /// The address of a free large frame, and whether it is zero.
+    fn take(&self) -> Option<(u64, bool)> {
+        loop {
+            let mut free = self.free.lock();
+            let clean = free.clean.pop().map(|address| (address, true));
+            let found = clean.or_else(|| free.dirty.pop().map(|address| (address, false)));
+            if found.is_some() || free.in_work == 0 {
+                return found;
+            }
+            drop(free);
+            core::hint::spin_loop();
         }
-        let split = self.split.iter_mut().find(|split| split.count > 0)?;
-        let (index, word) = split.free.iter_mut().enumerate().find(|(_, word)| **word != 0)?;
-        let bit = word.trailing_zeros();
-        *word &= !(1 << bit);
-        split.count -= 1;
-        let address = split.base + (index as u64 * 64 + u64::from(bit)) * SMALL_FRAME;
+    }
+
+    /// A zeroed 4 KiB frame; `None` when there is none.
+    pub fn small(&self) -> Option<SmallFrame> {
+        let split = self.free.lock().take_small();
+        let address = match split {
+            Some(address) => address,
+            None => {
+                let (base, _) = self.take()?;
+                let mut free = self.free.lock();
+                free.split.push(Split {
+                    base,
+                    free: [u64::MAX; SMALL_PER_LARGE / 64],
+                    count: SMALL_PER_LARGE,
+                });
+                free.take_small()?
+            }
+        };
         zero(address, SMALL_FRAME);
         Some(SmallFrame(address))
     }
 
     /// Takes a 2 MiB frame back.
-    pub fn free_large(&mut self, frame: LargeFrame) {
-        self.dirty.push(frame.0);
+    pub fn free_large(&self, frame: LargeFrame) {
+        self.free.lock().dirty.push(frame.0);
     }
 
     /// Takes a 4 KiB frame back.
-    pub fn free_small(&mut self, frame: SmallFrame) {
+    pub fn free_small(&self, frame: SmallFrame) {
         let base = frame.0 & !(LARGE_FRAME - 1);
-        let Some(position) = self.split.iter().position(|split| split.base == base) else {
+        let mut free = self.free.lock();
+        let Some(position) = free.split.iter().position(|split| split.base == base) else {
             unreachable!("a small frame always comes from a split large one");
         };
-        let split = &mut self.split[position];
+        let split = &mut free.split[position];
         let index = ((frame.0 - base) / SMALL_FRAME) as usize;
         split.free[index / 64] |= 1 << (index % 64);
         split.count += 1;
         if split.count == SMALL_PER_LARGE {
-            self.split.swap_remove(position);
-            self.dirty.push(base);
+            free.split.swap_remove(position);
+            free.dirty.push(base);
         }
     }
 
     /// Zeroes one dirty frame ahead of need. False when none is left to do.
-    pub fn clean_one(&mut self) -> bool {
-        let Some(address) = self.dirty.pop() else { return false };
+    pub fn clean_one(&self) -> bool {
+        let address = {
+            let mut free = self.free.lock();
+            let Some(address) = free.dirty.pop() else { return false };
+            free.in_work += 1;
+            address
+        };
         zero(address, LARGE_FRAME);
-        self.clean.push(address);
+        let mut free = self.free.lock();
+        free.in_work -= 1;
+        free.clean.push(address);
         true
+    }
+}
+
+impl Free {
+    fn take_small(&mut self) -> Option<u64> {
+        let split = self.split.iter_mut().find(|split| split.count > 0)?;
+        let (index, word) = split.free.iter_mut().enumerate().find(|(_, word)| **word != 0)?;
+        let bit = word.trailing_zeros();
+        *word &= !(1 << bit);
+        split.count -= 1;
+        Some(split.base + (index as u64 * 64 + u64::from(bit)) * SMALL_FRAME)
     }
 }
 

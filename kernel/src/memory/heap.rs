@@ -36,6 +36,11 @@ pub struct Pages {
     layout: Layout,
 }
 
+// SAFETY: the pages are owned like a box's content; whoever writes them through the pointer says why he may.
+unsafe impl Send for Pages {}
+// SAFETY: through a shared reference only the address is given out.
+unsafe impl Sync for Pages {}
+
 impl Pages {
     /// `count` pages of 4 KiB.
     pub fn new(count: usize) -> Self {

@@ -8,6 +8,8 @@ mod map;
 pub mod paging;
 
 use crate::boot::{BootInfo, MemoryKind};
+use alloc::vec::Vec;
+use core::ops::Range;
 use core::sync::atomic::{AtomicU64, Ordering};
 use frames::FramePool;
 pub use paging::map_mmio;
@@ -39,6 +41,57 @@ impl core::fmt::Display for TooLittleMemory {
             "{} MiB of memory; a node needs {needed} MiB and the size of its jobs: give the VM more memory",
             self.found_mib
         )
+    }
+}
+
+/// A page of RAM below 1 MiB that nobody uses, where real mode can start; `None` where the loader tells of none.
+pub fn real_mode_page(boot: &BootInfo) -> Option<u64> {
+    const PAGE: u64 = 4096;
+    /// Above it stands the firmware's extended data area, on machines whose map does not say so.
+    const END: u64 = 0x9_0000;
+    let text = boot.command_line.place();
+    let modules = boot.modules.iter().map(|m| m.as_ptr() as u64..m.as_ptr() as u64 + m.len() as u64);
+    let taken: Vec<_> = modules.chain([text]).collect();
+    let firmware = || boot.memory.iter().filter(|range| range.kind == MemoryKind::Firmware);
+    let is_free = |page: &u64| {
+        let overlaps = |start: u64, end: u64| start < page + PAGE && *page < end;
+        !taken.iter().any(|range| overlaps(range.start, range.end))
+            && !firmware().any(|range| overlaps(range.start, range.end))
+    };
+    let usable = boot.memory.iter().filter(|range| range.kind == MemoryKind::Usable);
+    usable
+        .flat_map(|range| {
+            // The null page is not mapped.
+            let first = range.start.max(PAGE).next_multiple_of(PAGE);
+            (first..range.end.min(END)).step_by(PAGE as usize).filter(move |page| page + PAGE <= range.end)
+        })
+        .filter(is_free)
+        .max()
+}
+
+/// Stacks for other cores, each above a page that is not mapped. Their memory comes from the pool for good.
+pub struct Stacks<'a> {
+    frames: &'a FramePool,
+    left: Range<u64>,
+}
+
+impl<'a> Stacks<'a> {
+    /// None yet.
+    pub const fn new(frames: &'a FramePool) -> Self {
+        Self { frames, left: 0..0 }
+    }
+
+    /// The top of another stack of `bytes`, a multiple of the page size; `None` when there is no memory.
+    pub fn another(&mut self, bytes: u64) -> Option<u64> {
+        let needed = frames::SMALL_FRAME + bytes;
+        if self.left.end - self.left.start < needed {
+            let frame = self.frames.large()?;
+            self.left = frame.address()..frame.address() + frames::LARGE_FRAME;
+        }
+        let guard = self.left.start;
+        self.left.start += needed;
+        paging::unmap(guard);
+        Some(self.left.start)
     }
 }
 

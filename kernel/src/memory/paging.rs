@@ -4,6 +4,7 @@
 
 use crate::boot::{BootInfo, MemoryKind};
 use alloc::alloc::{Layout, alloc_zeroed, handle_alloc_error};
+use core::ptr;
 use x86_64::registers::control::{Cr3, Cr3Flags};
 use x86_64::structures::paging::mapper::{MapToError, MappedFrame, TranslateResult};
 use x86_64::structures::paging::{
@@ -12,6 +13,7 @@ use x86_64::structures::paging::{
 };
 use x86_64::{PhysAddr, VirtAddr};
 
+const PAGE_ADDRESS: u64 = 0x000F_FFFF_FFFF_F000;
 const READ_ONLY: PageTableFlags = PageTableFlags::PRESENT.union(PageTableFlags::NO_EXECUTE);
 const READ_WRITE: PageTableFlags = READ_ONLY.union(PageTableFlags::WRITABLE);
 const EXECUTE: PageTableFlags = PageTableFlags::PRESENT;
@@ -114,7 +116,7 @@ fn already<S: PageSize>(error: MapToError<S>) -> &'static str {
 /// Returns a pointer to the first byte.
 pub fn map_mmio(physical: u64, bytes: usize) -> *mut u8 {
     let (root, _) = Cr3::read();
-    // SAFETY: the current root is one of `init`'s tables, and the kernel is single-threaded, so no other reference exists.
+    // SAFETY: the current root is one of `init`'s tables, and after the boot order only the core that booted maps anything.
     let table = unsafe { &mut *(root.start_address().as_u64() as *mut PageTable) };
     // SAFETY: physical addresses are virtual ones.
     let mut mapper = unsafe { OffsetPageTable::new(table, VirtAddr::zero()) };
@@ -122,6 +124,52 @@ pub fn map_mmio(physical: u64, bytes: usize) -> *mut u8 {
     let end = (physical + bytes as u64).next_multiple_of(Size4KiB::SIZE);
     identity(&mut mapper, start, end, DEVICE);
     physical as *mut u8
+}
+
+/// Physical address of the tables, for another core's CR3.
+pub fn root() -> u64 {
+    Cr3::read().0.start_address().as_u64()
+}
+
+/// Takes the 4 KiB page at `address` away, which other cores have not used yet. A large page around it is split first.
+pub fn unmap(address: u64) {
+    const ENTRIES: u64 = 512;
+    let (root, _) = Cr3::read();
+    let mut table = root.start_address().as_u64();
+    for shift in [39, 30, 21, 12] {
+        let slot = (table + (address >> shift & (ENTRIES - 1)) * 8) as *mut u64;
+        // SAFETY: a slot of L1's own tables, which are identity-mapped, and nobody else changes them meanwhile.
+        let entry = unsafe { ptr::read(slot) };
+        assert!(entry & PageTableFlags::PRESENT.bits() != 0, "the page at {address:#x} is not mapped");
+        if shift == 12 {
+            // SAFETY: as above.
+            unsafe { ptr::write_volatile(slot, 0) };
+            break;
+        }
+        let large = PageTableFlags::HUGE_PAGE.bits();
+        table = if entry & large == 0 {
+            entry & PAGE_ADDRESS
+        } else {
+            let Some(split) = HeapFrames.allocate_frame() else {
+                unreachable!("heap pages are page-aligned")
+            };
+            let split = split.start_address().as_u64();
+            for index in 0..ENTRIES {
+                // SAFETY: a fresh page table.
+                unsafe {
+                    ptr::write(
+                        (split as *mut u64).add(index as usize),
+                        (entry & !large) + index * Size4KiB::SIZE,
+                    )
+                };
+            }
+            let flags = PageTableFlags::PRESENT.union(PageTableFlags::WRITABLE).bits();
+            // SAFETY: as above; the new table maps the same.
+            unsafe { ptr::write_volatile(slot, split | flags) };
+            split
+        };
+    }
+    x86_64::instructions::tlb::flush_all();
 }
 
 /// Whether a range of virtual memory is mapped: for dumps that follow doubtful pointers.

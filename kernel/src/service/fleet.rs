@@ -31,7 +31,8 @@ fn disk_size<B: Backend>(fleet: &Fleet<B>, memory_mib: u32, spec: &DiskSpec) -> 
     let free_bytes = u64::from(spec.free_mib) * MIB;
     let size =
         |overlay_bytes| DiskSize { base: spec.base, bytes: spec.base.bytes() + free_bytes, overlay_bytes };
-    let fits = |overlay_bytes| fleet.ever_fits(&Size { memory_mib, disk: Some(size(overlay_bytes)) });
+    let fits =
+        |overlay_bytes| fleet.ever_fits(&Size { memory_mib, vcpu_count: 1, disk: Some(size(overlay_bytes)) });
     let mut overlay_bytes = free_bytes + free_bytes / 10 + OVERLAY_LEAST_BYTES;
     if !spec.asked_for {
         overlay_bytes = overlay_bytes.min(fleet.frames().1 as u64 * SMALL_FRAME / OVERLAY_SHARE);
@@ -72,10 +73,10 @@ impl<B: Backend> Machines for Fleet<B> {
     type Id = MachineId;
 
     fn create(&mut self, spec: &MachineSpec<'_>) -> Result<MachineId, CreateError> {
-        if spec.vcpu_count != 1 {
+        let (count, most) = (spec.vcpu_count as usize, self.max_machine_vcpus());
+        if count == 0 || count > most {
             return Err(CreateError::Impossible(format!(
-                "machine_config.vcpu_count: {} is not 1, the only count this release has",
-                spec.vcpu_count
+                "machine_config.vcpu_count: {count} is not from 1 to {most}, the most this node can have"
             )));
         }
         let step = MEMORY_STEP_MIB;
@@ -87,9 +88,9 @@ impl<B: Backend> Machines for Fleet<B> {
         }
         let disk = spec.disk.map(|disk| disk_size(self, spec.mem_size_mib, &disk)).transpose();
         let disk = disk.map_err(CreateError::Impossible)?;
-        let size = Size { memory_mib: spec.mem_size_mib, disk };
-        if self.len() >= self.limit() {
-            return Err(CreateError::Busy(WaitingFor::Machines));
+        let size = Size { memory_mib: spec.mem_size_mib, vcpu_count: spec.vcpu_count, disk };
+        if self.vcpus() + count > self.max_vcpus() {
+            return Err(CreateError::Busy(WaitingFor::Cores));
         }
         if !self.fits(&size) {
             return Err(CreateError::Busy(WaitingFor::Memory));
@@ -103,7 +104,7 @@ impl<B: Backend> Machines for Fleet<B> {
     }
 
     fn with_agent<R>(&mut self, id: MachineId, work: impl FnOnce(&mut dyn AgentLink) -> R) -> Option<R> {
-        self.vsock(id).map(|vsock| work(vsock))
+        self.with_platform(id, |platform| work(platform.vsock()))
     }
 
     fn ended(&self, id: MachineId) -> Option<MachineEnd> {
@@ -138,15 +139,14 @@ impl<B: Backend> Machines for Fleet<B> {
     }
 
     fn limit(&self) -> usize {
-        // One core runs one machine well; more would share it and all end later.
-        1
+        self.max_vcpus()
     }
 
     fn max_mem_size_mib(&self) -> u32 {
         let (_, total) = self.frames();
         let mut mib =
             u32::try_from((total as u64 * SMALL_FRAME) >> 20).unwrap_or(u32::MAX) & !(MEMORY_STEP_MIB - 1);
-        while mib > 0 && !self.ever_fits(&Size { memory_mib: mib, disk: None }) {
+        while mib > 0 && !self.ever_fits(&Size { memory_mib: mib, vcpu_count: 1, disk: None }) {
             mib -= MEMORY_STEP_MIB;
         }
         mib
@@ -158,7 +158,7 @@ impl<B: Backend> Machines for Fleet<B> {
         HypervisorReport {
             vendor: if B::VENDOR == "intel" { Vendor::Intel } else { Vendor::Amd },
             features: self.features().iter().map(|(name, there)| (name.to_string(), *there)).collect(),
-            cores: 1,
+            cores: u32::try_from(self.cores()).unwrap_or(u32::MAX),
             memory: HostMemory {
                 total_mib: crate::memory::total_bytes() / MIB,
                 free_frames: free as u64,

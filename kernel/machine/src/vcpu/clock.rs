@@ -70,6 +70,11 @@ impl Clock {
         self.scale.nanoseconds(now.0.wrapping_sub(self.zero))
     }
 
+    /// The guest is gone to which the pages belonged.
+    pub(super) const fn forget_pages(&mut self) {
+        (self.system_time, self.wall_clock) = (0, 0);
+    }
+
     pub(super) const fn system_time(&self) -> u64 {
         self.system_time
     }

@@ -286,6 +286,11 @@ impl GuestCpuid {
         self.extended[0x21] = [host.leaf(0x8000_0021, 0)[EAX] & EXTENDED21_EAX, 0, 0, 0];
     }
 
+    /// Family, model and stepping, as RDX has them after a reset.
+    pub(super) const fn signature(&self) -> u32 {
+        self.basic[1][EAX]
+    }
+
     /// How many bits of an APIC id tell the cores apart.
     const fn core_bits(&self) -> u32 {
         u32::BITS - (self.vcpu_count - 1).leading_zeros()

@@ -6,20 +6,25 @@
 mod clock;
 pub mod cpuid;
 pub mod emulate;
+mod inbox;
 pub mod lapic;
 pub mod msr;
 mod pv_eoi;
+mod router;
+mod start_up;
 #[cfg(test)]
 mod tests;
 mod xstate;
 
-use crate::address::GuestTsc;
+use crate::address::{GuestTsc, Vector};
 use crate::memory::GuestMemory;
-use crate::state::{ControlRegisters, Exception};
+use crate::state::{ControlRegisters, Exception, VcpuState};
 
 pub use cpuid::HostCpuid;
-pub use lapic::{Lapic, Reception};
+pub use inbox::{Inbox, Signals};
+pub use lapic::Lapic;
 pub use msr::MsrEffect;
+pub use router::InterruptRouter;
 
 /// What a vCPU is made from.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -56,6 +61,22 @@ impl Vcpu {
             clock: clock::Clock::new(config.tsc_khz),
             pv_eoi: pv_eoi::PvEoi::default(),
         }
+    }
+
+    /// INIT: puts what it resets to its value after it. Returns the registers' state, with the processor at its reset vector.
+    ///
+    /// Time, XCR0, PAT and the APIC's mode stay (SDM vol. 3, table 10-1 and 11.12.5.1), and the pages shared with the hypervisor are given
+    /// up, since the guest that gave them may be gone.
+    pub fn init(&mut self) -> VcpuState {
+        self.lapic.reset();
+        self.pv_eoi = pv_eoi::PvEoi::default();
+        self.clock.forget_pages();
+        start_up::reset_state(self.cpuid.signature())
+    }
+
+    /// A start-up interrupt after [`Self::init`]: the registers' state.
+    pub fn start_up(&self, page: Vector) -> VcpuState {
+        start_up::start_up_state(page, self.cpuid.signature())
     }
 
     /// EAX, EBX, ECX, EDX of a CPUID leaf.

@@ -13,8 +13,11 @@ use super::backend::Backend;
 use super::nested::NestedEntry;
 use super::refusal::Refusal;
 use crate::cpu::features::cpuid;
+use crate::cpu::local::this_core;
 use crate::memory::heap::Pages;
-use alloc::rc::Rc;
+use alloc::boxed::Box;
+use alloc::sync::Arc;
+use core::sync::atomic::{AtomicU32, Ordering};
 use features::{check, feature};
 use nestling_machine::state::VcpuState;
 use permission_maps::PermissionMaps;
@@ -26,17 +29,56 @@ const EFER_AIBRSE: u64 = 1 << 21;
 const VM_CR: u32 = 0xC001_0114;
 const VM_HSAVE_PA: u32 = 0xC001_0117;
 
-/// SVM, switched on on this core.
+/// SVM, switched on on every core in use.
 pub struct Svm {
     features: [(&'static str, bool); 10],
-    maps: Rc<PermissionMaps>,
-    /// This core's own VMSAVE state.
-    host: Rc<Pages>,
-    /// The processor's own save area; never read, never freed while SVM is on.
-    _save_area: Pages,
+    maps: Arc<PermissionMaps>,
     nrip_save: bool,
+    pause_filter: bool,
     asids: u32,
-    next_asid: u32,
+    next_asid: AtomicU32,
+}
+
+/// What SVM needs on each core, for ever.
+struct OnCore {
+    /// L1's own VMSAVE state.
+    host: Pages,
+    /// The processor's own save area; never read.
+    save_area: Pages,
+}
+
+/// Physical address of this core's own VMSAVE state.
+fn host_state() -> u64 {
+    this_core().virtualization.load(Ordering::Relaxed)
+}
+
+/// The checks, with the number of ASIDs and the feature bits.
+fn find() -> Result<(u32, u32), Refusal> {
+    let [max_leaf, ..] = cpuid(0x8000_0000, 0);
+    let [_, _, ecx, _] = cpuid(0x8000_0001, 0);
+    let [_, asids, _, edx] = if max_leaf >= 0x8000_000A { cpuid(0x8000_000A, 0) } else { [0; 4] };
+    check(max_leaf, ecx, edx, 0)?;
+    // SAFETY: VM_CR exists where CPUID offers SVM.
+    check(max_leaf, ecx, edx, unsafe { Msr::new(VM_CR).read() })?;
+    Ok((asids, edx))
+}
+
+/// Switches SVM on on this core, which has passed the checks.
+fn switch_on() {
+    let on_core = Box::leak(Box::new(OnCore { host: Pages::new(1), save_area: Pages::new(1) }));
+    if has_automatic_ibrs() {
+        let mut efer = Msr::new(EFER);
+        // SAFETY: CPUID offers the bit. It keeps branch predictions that a guest has trained away from L1.
+        unsafe { efer.write(efer.read() | EFER_AIBRSE) };
+    }
+    let host = on_core.host.physical();
+    // SAFETY: CPUID offers SVM and VM_CR allows it; both pages are never freed.
+    unsafe {
+        Efer::update(|efer| efer.insert(EferFlags::SECURE_VIRTUAL_MACHINE_ENABLE));
+        Msr::new(VM_HSAVE_PA).write(on_core.save_area.physical());
+        core::arch::asm!("vmsave rax", in("rax") host, options(nostack, preserves_flags));
+    }
+    this_core().virtualization.store(host, Ordering::Relaxed);
 }
 
 /// Automatic IBRS (CPUID leaf 0x8000_0021 EAX bit 8): AMD APM vol. 2, 3.1.7.
@@ -50,26 +92,8 @@ impl Backend for Svm {
     const VENDOR: &'static str = "amd";
 
     fn enable() -> Result<Self, Refusal> {
-        let [max_leaf, ..] = cpuid(0x8000_0000, 0);
-        let [_, _, ecx, _] = cpuid(0x8000_0001, 0);
-        let [_, asids, _, edx] = if max_leaf >= 0x8000_000A { cpuid(0x8000_000A, 0) } else { [0; 4] };
-        check(max_leaf, ecx, edx, 0)?;
-        // SAFETY: VM_CR exists where CPUID offers SVM.
-        check(max_leaf, ecx, edx, unsafe { Msr::new(VM_CR).read() })?;
-        let save_area = Pages::new(1);
-        let host = Rc::new(Pages::new(1));
-        let automatic_ibrs = has_automatic_ibrs();
-        if automatic_ibrs {
-            let mut efer = Msr::new(EFER);
-            // SAFETY: CPUID offers the bit. It keeps branch predictions that a guest has trained away from L1.
-            unsafe { efer.write(efer.read() | EFER_AIBRSE) };
-        }
-        // SAFETY: CPUID offers SVM and VM_CR allows it; both pages stay allocated as long as `Self`, which is never dropped.
-        unsafe {
-            Efer::update(|efer| efer.insert(EferFlags::SECURE_VIRTUAL_MACHINE_ENABLE));
-            Msr::new(VM_HSAVE_PA).write(save_area.physical());
-            core::arch::asm!("vmsave rax", in("rax") host.physical(), options(nostack, preserves_flags));
-        }
+        let (asids, edx) = find()?;
+        switch_on();
         let has = |bit| edx & bit != 0;
         Ok(Self {
             features: [
@@ -82,15 +106,27 @@ impl Backend for Svm {
                 ("pause_filter", has(feature::PAUSE_FILTER)),
                 ("virtual_vmload", has(feature::VIRTUAL_VMLOAD) && has(feature::VIRTUAL_GIF)),
                 ("avic", has(feature::AVIC)),
-                ("automatic_ibrs", automatic_ibrs),
+                ("automatic_ibrs", has_automatic_ibrs()),
             ],
-            maps: Rc::new(PermissionMaps::new()),
-            host,
-            _save_area: save_area,
+            maps: Arc::new(PermissionMaps::new()),
             nrip_save: has(feature::NRIP_SAVE),
+            pause_filter: has(feature::PAUSE_FILTER),
             asids: asids.max(2),
-            next_asid: 1,
+            next_asid: AtomicU32::new(0),
         })
+    }
+
+    fn enable_here(&self) -> Result<(), Refusal> {
+        let (asids, edx) = find()?;
+        let lacks_nrip_save = self.nrip_save && edx & feature::NRIP_SAVE == 0;
+        if asids.max(2) < self.asids || lacks_nrip_save {
+            return Err(Refusal {
+                missing: "the core's SVM has less than the first core's",
+                remedy: "give the VM cores of one kind",
+            });
+        }
+        switch_on();
+        Ok(())
     }
 
     fn features(&self) -> &[(&'static str, bool)] {
@@ -101,11 +137,10 @@ impl Backend for Svm {
         cpuid(leaf, subleaf)
     }
 
-    fn vcpu(&mut self, nested_root: u64, state: &VcpuState) -> SvmVcpu {
+    fn vcpu(&self, nested_root: u64, state: &VcpuState) -> SvmVcpu {
         // ASID 0 is L1's. A reused ASID is harmless: a new vCPU's first entry flushes, and so does every later change of vCPU.
-        let asid = self.next_asid;
-        self.next_asid = if asid + 1 < self.asids { asid + 1 } else { 1 };
-        SvmVcpu::new(nested_root, state, asid, self.nrip_save, Rc::clone(&self.maps), Rc::clone(&self.host))
+        let asid = self.next_asid.fetch_add(1, Ordering::Relaxed) % (self.asids - 1) + 1;
+        SvmVcpu::new(nested_root, state, asid, self.nrip_save, self.pause_filter, Arc::clone(&self.maps))
     }
 }
 

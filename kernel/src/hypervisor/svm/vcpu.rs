@@ -3,6 +3,7 @@
 //! AMD APM vol. 2, 15.6-15.13 (exits), 15.20-15.21 (events and interrupts), Appendix C (exit codes).
 
 use super::enter::enter;
+use super::host_state;
 use super::nmi::{Delivery, Nmi};
 use super::permission_maps::PermissionMaps;
 use super::vmcb::{self, Vmcb, exit_code, intercept1, intercept2};
@@ -10,7 +11,7 @@ use crate::cpu::{apic, clock};
 use crate::hypervisor::backend::VendorVcpu;
 use crate::hypervisor::exit::Exit;
 use crate::memory::heap::Pages;
-use alloc::rc::Rc;
+use alloc::sync::Arc;
 use core::ops::RangeInclusive;
 use nestling_machine::address::{GuestPhysAddr, Vector};
 use nestling_machine::state::{
@@ -36,6 +37,8 @@ const MACHINE_CHECK: u8 = 18;
 /// How long a guest may first run whose next instruction is in an interrupt shadow while an interrupt waits: long enough for that
 /// instruction; with each exit that comes before it all the same, twice as long.
 const SHADOW_NS: u64 = 20_000;
+/// How many PAUSEs come before one that exits: some 100,000 cycles, longer than a lock is held by a vCPU that runs.
+const PAUSE_FILTER_COUNT: u16 = 3000;
 /// How many exits in a row are believed to have come before the same instruction.
 const SHADOW_EXITS: u8 = 9;
 
@@ -55,8 +58,8 @@ pub struct SvmVcpu {
     nrip_save: bool,
     /// RIP after the exiting instruction, where this exit gave it.
     next_rip: Option<u64>,
-    maps: Rc<PermissionMaps>,
-    host: Rc<Pages>,
+    pause_filter: bool,
+    maps: Arc<PermissionMaps>,
 }
 
 impl SvmVcpu {
@@ -65,8 +68,8 @@ impl SvmVcpu {
         state: &VcpuState,
         asid: u32,
         nrip_save: bool,
-        maps: Rc<PermissionMaps>,
-        host: Rc<Pages>,
+        pause_filter: bool,
+        maps: Arc<PermissionMaps>,
     ) -> Self {
         let mut vcpu = Self {
             vmcb: Pages::new(1),
@@ -79,8 +82,8 @@ impl SvmVcpu {
             shadow_pending: false,
             nrip_save,
             next_rip: None,
+            pause_filter,
             maps,
-            host,
         };
         let (io, msr) = (vcpu.maps.io(), vcpu.maps.msr());
         let b = vcpu.block_mut();
@@ -212,6 +215,7 @@ impl SvmVcpu {
             exit_code::INTR => Exit::Interrupt,
             exit_code::NMI => Exit::Nmi,
             exit_code::VINTR => Exit::InterruptWindow,
+            exit_code::PAUSE => Exit::PauseLoop,
             exit_code::WRITE_CR8 => Exit::TaskPriorityWrite,
             exit_code::ICEBP => Exit::Int1,
             exit_code::CPUID => Exit::Cpuid,
@@ -336,6 +340,22 @@ fn load_cr2(value: u64) {
 }
 
 impl VendorVcpu for SvmVcpu {
+    fn reset(&mut self, state: &VcpuState) {
+        self.registers = state.registers;
+        (self.offered, self.accepted, self.next_rip) = (None, None, None);
+        (self.hurry, self.shadow, self.shadow_pending) = (None, None, false);
+        self.nmi = Nmi::new();
+        let b = self.block_mut();
+        b.intercept1 &= !intercept1::IRET;
+        b.intercept_cr &= !vmcb::INTERCEPT_CR8_WRITE;
+        b.int_control = vmcb::V_INTR_MASKING;
+        b.interrupt_shadow = 0;
+        b.event_inject = 0;
+        self.set_system(&state.system);
+        load_cr2(state.system.cr2);
+        self.flush();
+    }
+
     fn set_efer(&mut self, value: u64) {
         let b = self.block_mut();
         b.efer = value & !EFER_LMA | b.efer & EFER_LMA | EFER_SVME;
@@ -435,6 +455,15 @@ impl VendorVcpu for SvmVcpu {
 
     fn unload(&mut self) {}
 
+    fn release(&mut self) {}
+
+    fn exit_on_pause_loops(&mut self, wanted: bool) {
+        let wanted = wanted && self.pause_filter;
+        let b = self.block_mut();
+        b.intercept1 = b.intercept1 & !intercept1::PAUSE | if wanted { intercept1::PAUSE } else { 0 };
+        b.pause_filter_count = PAUSE_FILTER_COUNT;
+    }
+
     fn arm(&mut self, due: Option<RangeInclusive<u64>>) {
         let exits = self.shadow.filter(|_| self.shadow_pending).map(|(_, exits)| exits);
         let waits = exits.into_iter().chain(self.hurry).min();
@@ -453,8 +482,8 @@ impl VendorVcpu for SvmVcpu {
         b.rsp = registers.get(Gpr::Rsp);
         b.rip = registers.rip;
         b.rflags = registers.rflags;
-        let (vmcb, host) = (self.vmcb.physical(), self.host.physical());
-        // SAFETY: both are VMCB pages owned by `self`; `Svm::enable` filled `host` on this core. The nested page table maps only the
+        let (vmcb, host) = (self.vmcb.physical(), host_state());
+        // SAFETY: both are VMCB pages, one owned by `self`, the other filled on this core when SVM was switched on. The nested page table maps only the
         // machine's own frames, and the permission maps and intercepts keep everything else away from the guest.
         unsafe { enter(&raw mut self.registers, vmcb, host) };
         let b = self.block();

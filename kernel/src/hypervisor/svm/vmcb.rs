@@ -14,6 +14,7 @@ pub mod intercept1 {
     pub const CPUID: u32 = 1 << 18;
     pub const IRET: u32 = 1 << 20;
     pub const INVD: u32 = 1 << 22;
+    pub const PAUSE: u32 = 1 << 23;
     pub const HLT: u32 = 1 << 24;
     pub const INVLPGA: u32 = 1 << 26;
     pub const IOIO_PROT: u32 = 1 << 27;
@@ -51,6 +52,7 @@ pub mod exit_code {
     pub const CPUID: u32 = 0x72;
     pub const IRET: u32 = 0x74;
     pub const INVD: u32 = 0x76;
+    pub const PAUSE: u32 = 0x77;
     pub const HLT: u32 = 0x78;
     pub const INVLPGA: u32 = 0x7A;
     pub const IOIO: u32 = 0x7B;

@@ -19,10 +19,12 @@ use super::backend::Backend;
 use super::refusal::Refusal;
 use crate::cpu::features::cpuid;
 use crate::memory::heap::Pages;
-use alloc::rc::Rc;
+use alloc::boxed::Box;
+use alloc::sync::Arc;
 use capabilities::Capabilities;
 use controls::{Controls, FEATURES, secondary};
 use core::arch::asm;
+use core::sync::atomic::{AtomicU16, Ordering};
 pub use ept::EptEntry;
 use msr_bitmap::MsrBitmap;
 use nestling_machine::state::VcpuState;
@@ -36,13 +38,53 @@ const LEAF7_EBX_INVPCID: u32 = 1 << 10;
 const LEAF7_ECX_RDPID: u32 = 1 << 22;
 const EXTENDED1_EDX_RDTSCP: u32 = 1 << 27;
 
-/// VMX, switched on on this core.
+/// VMX, switched on on every core in use.
 pub struct Vmx {
     features: [(&'static str, bool); FEATURES],
-    shared: Rc<Shared>,
-    /// The processor's own; never read, never freed while VMX is on.
-    _vmxon_region: Pages,
-    next_vpid: u16,
+    shared: Arc<Shared>,
+    next_vpid: AtomicU16,
+}
+
+/// The checks, and this core's capabilities.
+fn find() -> Result<Capabilities, Refusal> {
+    let [_, _, ecx, _] = cpuid(1, 0);
+    features::check(ecx, None, None)?;
+    // SAFETY: the MSRs exist where CPUID offers VMX; each is read only where the ones before say that it exists.
+    let read = |index| unsafe { Msr::new(index).read() };
+    let feature_control = read(FEATURE_CONTROL);
+    features::check(ecx, Some(feature_control), None)?;
+    let capabilities = Capabilities::read(read);
+    features::check(ecx, Some(feature_control), Some(&capabilities))?;
+    Ok(capabilities)
+}
+
+/// Switches VMX on on this core, which has passed the checks.
+fn switch_on(capabilities: &Capabilities) -> Result<(), Refusal> {
+    // SAFETY: the MSR exists where CPUID offers VMX.
+    let feature_control = unsafe { Msr::new(FEATURE_CONTROL).read() };
+    if let Some(value) = features::feature_control_to_write(feature_control) {
+        // SAFETY: the register is not locked; the bits only allow VMXON.
+        unsafe { Msr::new(FEATURE_CONTROL).write(value) };
+    }
+    // The processor's own; never read, never freed.
+    let region = Box::leak(Box::new(Pages::new(1)));
+    region.bytes_mut()[..4].copy_from_slice(&capabilities.revision().to_le_bytes());
+    let address = region.physical();
+    let failed: u8;
+    // SAFETY: CPUID offers VMX and FEATURE_CONTROL allows it; CR0 and CR4 get the bits that VMX wants; the region is 4 KiB, has the
+    // revision, and stays allocated for ever.
+    unsafe {
+        Cr0::update(|cr0| cr0.insert(Cr0Flags::NUMERIC_ERROR));
+        Cr4::update(|cr4| cr4.insert(Cr4Flags::VIRTUAL_MACHINE_EXTENSIONS));
+        asm!("vmxon [{}]", "setbe {}", in(reg) &raw const address, out(reg_byte) failed, options(nostack));
+    }
+    if failed != 0 {
+        return Err(Refusal {
+            missing: "VMXON failed",
+            remedy: "the hypervisor below offers VMX but does not carry it out: check its nested virtualization",
+        });
+    }
+    Ok(())
 }
 
 /// What every vCPU uses.
@@ -89,40 +131,26 @@ impl Backend for Vmx {
     const VENDOR: &'static str = "intel";
 
     fn enable() -> Result<Self, Refusal> {
-        let [_, _, ecx, _] = cpuid(1, 0);
-        features::check(ecx, None, None)?;
-        // SAFETY: the MSRs exist where CPUID offers VMX; each is read only where the ones before say that it exists.
-        let read = |index| unsafe { Msr::new(index).read() };
-        let feature_control = read(FEATURE_CONTROL);
-        features::check(ecx, Some(feature_control), None)?;
-        let capabilities = Capabilities::read(read);
+        let capabilities = find()?;
         log::info!("vmx: {capabilities}");
-        features::check(ecx, Some(feature_control), Some(&capabilities))?;
         let controls = Controls::choose(&capabilities)?;
-        if let Some(value) = features::feature_control_to_write(feature_control) {
-            // SAFETY: the register is not locked; the bits only allow VMXON.
-            unsafe { Msr::new(FEATURE_CONTROL).write(value) };
-        }
-        let mut region = Pages::new(1);
-        region.bytes_mut()[..4].copy_from_slice(&capabilities.revision().to_le_bytes());
-        let address = region.physical();
-        let failed: u8;
-        // SAFETY: CPUID offers VMX and FEATURE_CONTROL allows it; CR0 and CR4 get the bits that VMX wants; the region is 4 KiB, has the
-        // revision, and stays allocated as long as `Self`, which is never dropped.
-        unsafe {
-            Cr0::update(|cr0| cr0.insert(Cr0Flags::NUMERIC_ERROR));
-            Cr4::update(|cr4| cr4.insert(Cr4Flags::VIRTUAL_MACHINE_EXTENSIONS));
-            asm!("vmxon [{}]", "setbe {}", in(reg) &raw const address, out(reg_byte) failed, options(nostack));
-        }
-        if failed != 0 {
-            return Err(Refusal {
-                missing: "VMXON failed",
-                remedy: "the hypervisor below offers VMX but does not carry it out: check its nested virtualization",
-            });
-        }
+        switch_on(&capabilities)?;
         let features = controls::features(&capabilities);
         let shared = Shared { capabilities, controls, msr_bitmap: MsrBitmap::new() };
-        Ok(Self { features, shared: Rc::new(shared), _vmxon_region: region, next_vpid: 1 })
+        Ok(Self { features, shared: Arc::new(shared), next_vpid: AtomicU16::new(1) })
+    }
+
+    fn enable_here(&self) -> Result<(), Refusal> {
+        let capabilities = find()?;
+        let is_alike = Controls::choose(&capabilities)? == self.shared.controls
+            && capabilities.revision() == self.shared.capabilities.revision();
+        if !is_alike {
+            return Err(Refusal {
+                missing: "the core's VMX is not like the first core's",
+                remedy: "give the VM cores of one kind",
+            });
+        }
+        switch_on(&capabilities)
     }
 
     fn features(&self) -> &[(&'static str, bool)] {
@@ -147,10 +175,9 @@ impl Backend for Vmx {
         [eax, ebx, ecx, edx]
     }
 
-    fn vcpu(&mut self, nested_root: u64, state: &VcpuState) -> VmxVcpu {
-        // VPID 0 is L1's. A reused one is harmless: a new vCPU drops all its translations.
-        let vpid = self.next_vpid;
-        self.next_vpid = if vpid == u16::MAX { 1 } else { vpid + 1 };
-        VmxVcpu::new(nested_root, state, vpid, Rc::clone(&self.shared))
+    fn vcpu(&self, nested_root: u64, state: &VcpuState) -> VmxVcpu {
+        // VPID 0 is L1's. A reused one is harmless: a vCPU that is new on a core drops all its translations there.
+        let vpid = self.next_vpid.fetch_add(1, Ordering::Relaxed).max(1);
+        VmxVcpu::new(nested_root, state, vpid, Arc::clone(&self.shared))
     }
 }

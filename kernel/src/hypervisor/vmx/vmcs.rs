@@ -4,13 +4,16 @@
 
 use super::exit_reason::instruction_error;
 use super::fields::Field;
+use crate::cpu::local::this_core;
 use crate::memory::heap::Pages;
 use core::arch::asm;
 use core::cell::Cell;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 /// Physical address of this core's current VMCS; 0 for none.
-static CURRENT: AtomicU64 = AtomicU64::new(0);
+fn current() -> &'static AtomicU64 {
+    &this_core().virtualization
+}
 
 /// A VMCS. It becomes the core's current one by itself when a field is reached.
 pub struct Vmcs {
@@ -28,7 +31,8 @@ impl Vmcs {
         vmcs
     }
 
-    fn clear(&self) {
+    /// Takes it off this core: the processor writes back what it holds of it, and the next entry is a launch.
+    pub fn clear(&self) {
         let address = self.region.physical();
         let failed: u8;
         // SAFETY: the page is a VMCS region that `self` owns, and VMX is on as long as the kernel runs.
@@ -36,12 +40,13 @@ impl Vmcs {
             asm!("vmclear [{}]", "setbe {}", in(reg) &raw const address, out(reg_byte) failed, options(nostack))
         };
         assert!(failed == 0, "VMCLEAR of {address:#x} failed");
+        let _ = current().compare_exchange(address, 0, Ordering::Relaxed, Ordering::Relaxed);
     }
 
     /// Makes it the core's current VMCS.
     pub fn make_current(&self) {
         let address = self.region.physical();
-        if CURRENT.load(Ordering::Relaxed) == address {
+        if current().load(Ordering::Relaxed) == address {
             return;
         }
         let failed: u8;
@@ -50,7 +55,7 @@ impl Vmcs {
             asm!("vmptrld [{}]", "setbe {}", in(reg) &raw const address, out(reg_byte) failed, options(nostack))
         };
         assert!(failed == 0, "VMPTRLD of {address:#x} failed");
-        CURRENT.store(address, Ordering::Relaxed);
+        current().store(address, Ordering::Relaxed);
     }
 
     /// A field's value; `None` if this processor has no such field.
@@ -122,7 +127,6 @@ impl Drop for Vmcs {
     fn drop(&mut self) {
         // The processor may hold the fields back until it is told to write them to the page that is about to be freed.
         self.clear();
-        let _ = CURRENT.compare_exchange(self.region.physical(), 0, Ordering::Relaxed, Ordering::Relaxed);
     }
 }
 

@@ -8,6 +8,7 @@ use crate::address::GuestPhysAddr;
 use crate::memory::{GuestMemory, MemoryError};
 use alloc::vec::Vec;
 use core::fmt;
+use core::sync::atomic::{Ordering, fence};
 
 const DESCRIPTOR_BYTES: u64 = 16;
 const DESCRIPTOR_NEXT: u16 = 1 << 0;
@@ -402,6 +403,9 @@ impl Queue {
         if self.notify_written != Some(value) {
             self.write(memory, self.used, offset, &value.to_le_bytes())?;
             self.notify_written = Some(value);
+            // The driver writes its index before it reads this, and this is written before its index is read: one of the two sees the
+            // other, also when they are on two cores.
+            fence(Ordering::SeqCst);
         }
         Ok(())
     }
@@ -413,6 +417,8 @@ impl Queue {
             return Ok(false);
         }
         self.signalled = self.next_used;
+        // As for notifications: the driver asks for interrupts before it looks at what was given back.
+        fence(Ordering::SeqCst);
         if self.event_index {
             let event = self.read_u16(memory, self.available, 4 + 2 * u64::from(self.size))?;
             Ok(self.next_used.wrapping_sub(event).wrapping_sub(1) < given_back)

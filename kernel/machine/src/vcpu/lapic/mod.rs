@@ -6,6 +6,7 @@
 //! What a real one has and this one leaves out: the id is read-only in xAPIC mode, the register page cannot be moved, and the
 //! LINT pins are not wired to anything.
 
+mod addressing;
 mod registers;
 #[cfg(test)]
 mod tests;
@@ -14,9 +15,10 @@ mod vectors;
 
 use super::VcpuConfig;
 use crate::address::{GuestTsc, Vector};
-use crate::interrupt::{DeliveryMode, Destination, Ipi, MsiMessage};
+use crate::interrupt::{DeliveryMode, Destination, Ipi};
 use crate::layout;
 use crate::state::Exception;
+pub use addressing::Addressing;
 use timer::{Mode, Timer};
 use vectors::VectorSet;
 
@@ -30,11 +32,6 @@ const LVT_MASKED: u32 = 1 << 16;
 
 const ERROR_SEND_ILLEGAL_VECTOR: u32 = 1 << 5;
 const ERROR_RECEIVE_ILLEGAL_VECTOR: u32 = 1 << 6;
-
-/// A physical destination of an interrupt message that means everybody.
-const XAPIC_BROADCAST: u32 = 0xFF;
-/// The same of an interprocessor interrupt in x2APIC mode.
-const X2APIC_BROADCAST: u32 = u32::MAX;
 
 /// The local vector table's entries, in register order.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -75,19 +72,6 @@ impl LvtEntry {
             _ => 0x1000,
         }
     }
-}
-
-/// What became of an interrupt that was sent to a local APIC.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Reception {
-    /// It is pending (or was already).
-    Accepted,
-    /// It is dropped: the APIC is disabled, or the vector or delivery mode is not one it takes.
-    Ignored,
-    /// An INIT: the processor is to be reset and waits for a start-up interrupt.
-    Init,
-    /// A start-up interrupt: the processor, if it waits for one, starts at page `Vector` in real mode.
-    StartUp(Vector),
 }
 
 /// A local APIC.
@@ -259,37 +243,21 @@ impl Lapic {
         self.requested.insert(vector);
     }
 
-    /// True when this APIC is among the message's destinations.
-    pub fn accepts(&self, message: &MsiMessage) -> bool {
-        let destination = message.destination_id();
-        if message.is_logical() {
-            self.matches_logical(destination)
-        } else {
-            destination == self.id || destination == XAPIC_BROADCAST
-        }
+    /// What others need to know to send to this APIC.
+    pub const fn addressing(&self) -> Addressing {
+        Addressing::new(
+            self.id,
+            self.is_enabled(),
+            self.is_software_enabled(),
+            self.is_x2apic(),
+            (self.logical_destination >> 24) as u8,
+            self.destination_format >> 28 == 0xF,
+        )
     }
 
-    /// Takes a message for which [`Self::accepts`] is true.
-    pub fn deliver(&mut self, message: &MsiMessage) -> Reception {
-        match message.delivery_mode() {
-            Some(mode) if message.is_assert() => self.receive(mode, message.vector(), message.is_level()),
-            _ => Reception::Ignored,
-        }
-    }
-
-    /// True when this APIC is among the interprocessor interrupt's destinations.
-    pub fn accepts_ipi(&self, ipi: &Ipi) -> bool {
-        match ipi.destination {
-            Destination::Physical(id) => id == self.id,
-            Destination::Logical(id) => self.matches_logical(id),
-            Destination::All => true,
-            Destination::AllExcept(id) => id != self.id,
-        }
-    }
-
-    /// Takes an interprocessor interrupt for which [`Self::accepts_ipi`] is true.
-    pub fn deliver_ipi(&mut self, ipi: &Ipi) -> Reception {
-        self.receive(ipi.delivery, ipi.vector, false)
+    /// A non-maskable interrupt has arrived; while the APIC is disabled it is dropped.
+    pub fn raise_nmi(&mut self) {
+        self.nmi |= self.is_enabled();
     }
 
     /// When [`Self::advance`] is next to be called, if the timer is running and may interrupt.
@@ -377,48 +345,6 @@ impl Lapic {
         if self.task_priority >> 4 >= service >> 4 { self.task_priority } else { service & 0xF0 }
     }
 
-    const fn x2apic_logical_id(&self) -> u32 {
-        (self.id >> 4) << 16 | 1 << (self.id & 0xF)
-    }
-
-    fn matches_logical(&self, destination: u32) -> bool {
-        if self.is_x2apic() {
-            let own = self.x2apic_logical_id();
-            return destination == X2APIC_BROADCAST
-                || destination >> 16 == own >> 16 && destination & own & 0xFFFF != 0;
-        }
-        let own = self.logical_destination >> 24;
-        let flat = self.destination_format >> 28 == 0xF;
-        match destination {
-            XAPIC_BROADCAST => true,
-            _ if flat => destination & own != 0,
-            _ => destination >> 4 == own >> 4 && destination & own & 0xF != 0,
-        }
-    }
-
-    fn receive(&mut self, mode: DeliveryMode, vector: Vector, level: bool) -> Reception {
-        if !self.is_enabled() {
-            return Reception::Ignored;
-        }
-        match mode {
-            DeliveryMode::Fixed | DeliveryMode::LowestPriority => {
-                if !self.is_software_enabled() || vector.0 < 16 {
-                    self.raise(vector, level);
-                    return Reception::Ignored;
-                }
-                self.raise(vector, level);
-                Reception::Accepted
-            }
-            DeliveryMode::Nmi => {
-                self.nmi = true;
-                Reception::Accepted
-            }
-            DeliveryMode::Init => Reception::Init,
-            DeliveryMode::StartUp => Reception::StartUp(vector),
-            DeliveryMode::Smi | DeliveryMode::ExtInt => Reception::Ignored,
-        }
-    }
-
     /// Carries out a write of the interrupt command register's low half.
     fn send(&mut self, command: u32, destination: u32) {
         let vector = Vector(command as u8);
@@ -433,7 +359,7 @@ impl Lapic {
             self.error(ERROR_SEND_ILLEGAL_VECTOR);
             return;
         }
-        let broadcast = if self.is_x2apic() { X2APIC_BROADCAST } else { XAPIC_BROADCAST };
+        let broadcast = addressing::broadcast(self.is_x2apic());
         let destination = match command >> 18 & 3 {
             1 => Destination::Physical(self.id),
             2 => Destination::All,
@@ -443,13 +369,20 @@ impl Lapic {
             _ => Destination::Physical(destination),
         };
         let ipi = Ipi { destination, delivery, vector };
-        let for_self = self.accepts_ipi(&ipi);
-        if for_self && matches!(delivery, DeliveryMode::Init | DeliveryMode::StartUp) {
-            self.sent = Some(ipi);
-            return;
-        }
-        if for_self {
-            self.receive(delivery, vector, false);
+        let for_self = self.addressing().accepts_ipi(&ipi);
+        match delivery {
+            // What resets or starts this very processor is more than its APIC can do.
+            DeliveryMode::Init | DeliveryMode::StartUp if for_self => {
+                self.sent = Some(ipi);
+                return;
+            }
+            DeliveryMode::Fixed if for_self => self.raise(vector, false),
+            // One of the destinations is to take it, and this one is at hand.
+            DeliveryMode::LowestPriority if for_self && self.is_software_enabled() => {
+                return self.raise(vector, false);
+            }
+            DeliveryMode::Nmi if for_self => self.raise_nmi(),
+            _ => {}
         }
         if self.alone {
             return;

@@ -2,6 +2,7 @@
 //!
 //! Intel SDM vol. 3, 11.4.1 (register map), 11.12 (x2APIC: MSR map, reserved bits, semantics of each register).
 
+use super::addressing::x2apic_logical_id;
 use super::{Lapic, LvtEntry};
 use crate::address::{GuestTsc, MsrIndex};
 use crate::state::Exception;
@@ -90,7 +91,7 @@ impl Lapic {
         }
         match index.0.wrapping_sub(X2APIC_BASE) {
             ID => Ok(u64::from(self.id)),
-            LOGICAL_DESTINATION => Ok(u64::from(self.x2apic_logical_id())),
+            LOGICAL_DESTINATION => Ok(u64::from(x2apic_logical_id(self.id))),
             INTERRUPT_COMMAND => Ok(self.icr),
             register => self.read_common(register, now).map(u64::from),
         }

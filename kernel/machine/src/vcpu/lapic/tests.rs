@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::address::MsrIndex;
+use crate::interrupt::MsiMessage;
 use proptest::prelude::*;
 
 const NOW: GuestTsc = GuestTsc(1_000_000);
@@ -120,7 +121,7 @@ fn a_software_disabled_apic_takes_no_vectors_and_masks_its_table() {
     assert_eq!(read(&mut lapic, 0x832), 0x1_0040, "unmasking has no effect");
     write(&mut lapic, 0x80F, 0x1FF);
     assert_eq!(lapic.pending(), None);
-    assert_eq!(lapic.deliver(&message(0, 0x400)), Reception::Accepted);
+    lapic.raise_nmi();
     assert!(lapic.take_nmi() && !lapic.take_nmi());
 }
 
@@ -128,7 +129,7 @@ fn a_software_disabled_apic_takes_no_vectors_and_masks_its_table() {
 fn vectors_below_16_are_errors() {
     let mut lapic = apic(0, 1);
     write(&mut lapic, 0x837, 0x45);
-    assert_eq!(lapic.deliver(&message(0, 0x0F)), Reception::Ignored);
+    lapic.raise(Vector(0x0F), false);
     write(&mut lapic, 0x83F, 0x0E);
     assert_eq!(lapic.acknowledge(), Some(Vector(0x45)));
     assert_eq!(read(&mut lapic, 0x828), 0, "errors show when they are asked for");
@@ -149,12 +150,12 @@ fn an_error_vector_that_is_itself_illegal_ends_there() {
 #[test]
 fn messages_find_their_apic() {
     let lapic = apic(3, 4);
-    assert!(lapic.accepts(&message(3, 0x40)) && !lapic.accepts(&message(2, 0x40)));
-    assert!(lapic.accepts(&message(0xFF, 0x40)), "broadcast");
+    assert!(lapic.addressing().accepts(&message(3, 0x40)) && !lapic.addressing().accepts(&message(2, 0x40)));
+    assert!(lapic.addressing().accepts(&message(0xFF, 0x40)), "broadcast");
     let logical = |destination: u64| MsiMessage { address: 0xFEE0_0004 | destination << 12, data: 0x40 };
-    assert!(lapic.accepts(&logical(0b1010)) && !lapic.accepts(&logical(0b0111)));
+    assert!(lapic.addressing().accepts(&logical(0b1010)) && !lapic.addressing().accepts(&logical(0b0111)));
     let far = apic(300, 301);
-    assert!(far.accepts(&MsiMessage { address: 0xFEE0_0000 | 0x2C << 12 | 1 << 5, data: 0x40 }));
+    assert!(far.addressing().accepts(&MsiMessage { address: 0xFEE0_0000 | 0x2C << 12 | 1 << 5, data: 0x40 }));
 }
 
 #[test]
@@ -163,19 +164,17 @@ fn logical_destinations_of_xapic_mode_are_flat_or_clustered() {
     lapic.mmio_write(0xD0, 0x2F12_3456, NOW);
     assert_eq!(lapic.mmio_read(0xD0, NOW), 0x2F00_0000);
     let logical = |destination: u64| MsiMessage { address: 0xFEE0_0004 | destination << 12, data: 0x40 };
-    assert!(lapic.accepts(&logical(0x21)) && !lapic.accepts(&logical(0xD0)) && lapic.accepts(&logical(0xFF)));
+    assert!(
+        lapic.addressing().accepts(&logical(0x21))
+            && !lapic.addressing().accepts(&logical(0xD0))
+            && lapic.addressing().accepts(&logical(0xFF))
+    );
     lapic.mmio_write(0xE0, 0x0, NOW);
     assert!(
-        lapic.accepts(&logical(0x21)) && !lapic.accepts(&logical(0x31)) && !lapic.accepts(&logical(0x20))
+        lapic.addressing().accepts(&logical(0x21))
+            && !lapic.addressing().accepts(&logical(0x31))
+            && !lapic.addressing().accepts(&logical(0x20))
     );
-}
-
-#[test]
-fn a_de_asserted_level_message_is_ignored() {
-    let mut lapic = apic(0, 1);
-    assert_eq!(lapic.deliver(&message(0, 0x8040)), Reception::Ignored);
-    assert_eq!(lapic.deliver(&message(0, 0xC040)), Reception::Accepted);
-    assert_eq!(lapic.pending(), Some(Vector(0x40)));
 }
 
 #[test]
@@ -206,21 +205,32 @@ fn interrupts_to_others_are_handed_out() {
     write(&mut lapic, 0x830, 0b1101 << 32 | 0x840);
     let ipi = lapic.take_ipi().unwrap();
     assert_eq!(Some(ipi), fixed(Destination::Logical(0b1101)));
-    assert!(apic(0, 4).accepts_ipi(&ipi) && !apic(1, 4).accepts_ipi(&ipi) && apic(3, 4).accepts_ipi(&ipi));
+    assert!(
+        apic(0, 4).addressing().accepts_ipi(&ipi)
+            && !apic(1, 4).addressing().accepts_ipi(&ipi)
+            && apic(3, 4).addressing().accepts_ipi(&ipi)
+    );
 }
 
 #[test]
-fn init_and_start_up_reach_their_processor() {
-    let (mut boot, mut other) = (apic(0, 2), apic(1, 2));
+fn an_init_to_another_is_handed_out_and_its_de_assertion_is_not() {
+    let mut boot = apic(0, 2);
     write(&mut boot, 0x830, 1 << 32 | 0x4500);
-    let init = boot.take_ipi().unwrap();
-    assert!(other.accepts_ipi(&init) && !boot.accepts_ipi(&init));
-    assert_eq!(other.deliver_ipi(&init), Reception::Init);
+    assert_eq!(boot.take_ipi().map(|ipi| ipi.delivery), Some(DeliveryMode::Init));
     write(&mut boot, 0x830, 1 << 32 | 0x8500);
     assert_eq!(boot.take_ipi(), None, "the de-assertion of INIT does nothing");
     write(&mut boot, 0x830, 1 << 32 | 0x469A);
-    let start = boot.take_ipi().unwrap();
-    assert_eq!(other.deliver_ipi(&start), Reception::StartUp(Vector(0x9A)));
+    let start = boot.take_ipi().map(|ipi| (ipi.delivery, ipi.vector));
+    assert_eq!(start, Some((DeliveryMode::StartUp, Vector(0x9A))));
+}
+
+#[test]
+fn the_lowest_priority_of_destinations_that_include_the_sender_is_the_sender() {
+    let mut lapic = apic(0, 2);
+    write(&mut lapic, 0x830, 0b11 << 32 | 0x940);
+    assert_eq!((lapic.pending(), lapic.take_ipi()), (Some(Vector(0x40)), None));
+    write(&mut lapic, 0x830, 0b10 << 32 | 0x941);
+    assert!(lapic.take_ipi().is_some());
 }
 
 #[test]
@@ -454,7 +464,7 @@ proptest! {
                 4 => lapic.mmio_write(u64::from(register) << 4, value as u32, now),
                 5 => lapic.set_tsc_deadline(value, now),
                 6 => lapic.shift_time(value as i64),
-                7 => { let _ = lapic.deliver(&MsiMessage { address: value, data: register }); }
+                7 => { let _ = lapic.addressing().accepts(&MsiMessage { address: value, data: register }); }
                 8 => { let _ = lapic.set_base(value & 0xD00 | layout::LAPIC_BASE); }
                 _ => lapic.raise(Vector(value as u8), value & 0x100 != 0),
             }

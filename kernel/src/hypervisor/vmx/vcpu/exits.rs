@@ -28,6 +28,7 @@ impl VmxVcpu {
             }
             reason::TRIPLE_FAULT => Exit::Shutdown,
             reason::INTERRUPT_WINDOW | reason::NMI_WINDOW => Exit::InterruptWindow,
+            reason::PAUSE => Exit::PauseLoop,
             reason::CPUID => Exit::Cpuid,
             reason::HLT => Exit::Hlt,
             reason::INVD | reason::WBINVD => Exit::CacheFlush,

@@ -7,7 +7,7 @@ mod exits;
 mod registers;
 mod timer;
 
-use super::controls::{Controls, entry, exit, pin, primary, secondary};
+use super::controls::{Controls, allows, entry, exit, pin, primary, secondary};
 use super::enter::{EXITED, enter, exit_point};
 use super::exit_reason::{self, interruption};
 use super::fields::Field;
@@ -18,7 +18,7 @@ use crate::cpu::apic;
 use crate::cpu::guest_registers::{load_cr2, read_cr2};
 use crate::hypervisor::backend::VendorVcpu;
 use crate::hypervisor::exit::Exit;
-use alloc::rc::Rc;
+use alloc::sync::Arc;
 use core::cell::Cell;
 use core::ops::RangeInclusive;
 use events::SHADOW;
@@ -35,6 +35,10 @@ const RFLAGS_TF: u64 = 1 << 8;
 /// STAR, LSTAR, CSTAR, SFMASK, KERNEL_GS_BASE: guests reach them without an exit, and L1 has no use for them.
 const SWITCHED_MSRS: [u32; 5] = [0xC000_0081, 0xC000_0082, 0xC000_0083, 0xC000_0084, 0xC000_0102];
 
+/// Within how many TSC ticks of the last one a PAUSE belongs to the same loop.
+const PAUSE_LOOP_GAP: u64 = 128;
+/// How many ticks such a loop lasts before it exits: longer than a lock is held by a vCPU that runs.
+const PAUSE_LOOP_WINDOW: u64 = 100_000;
 const DEBUG_EXCEPTION: u8 = 1;
 const ALIGNMENT_CHECK: u8 = 17;
 const MACHINE_CHECK: u8 = 18;
@@ -45,6 +49,8 @@ pub struct VmxVcpu {
     controls: Controls,
     ept_pointer: u64,
     vpid: u16,
+    /// Its VMCS is active on the core that has it, with that core's host state.
+    is_on_core: bool,
     launched: bool,
     host_rsp: u64,
     /// RAX to R15 but for RSP; RIP and RFLAGS here are not used.
@@ -80,11 +86,11 @@ pub struct VmxVcpu {
     accepted: Option<Vector>,
     timer: Timer,
     reason: Cell<u32>,
-    shared: Rc<Shared>,
+    shared: Arc<Shared>,
 }
 
 impl VmxVcpu {
-    pub(super) fn new(nested_root: u64, state: &VcpuState, vpid: u16, shared: Rc<Shared>) -> Self {
+    pub(super) fn new(nested_root: u64, state: &VcpuState, vpid: u16, shared: Arc<Shared>) -> Self {
         let vmcs = Vmcs::new(shared.capabilities.revision());
         let s = &state.system;
         let mut vcpu = Self {
@@ -92,6 +98,7 @@ impl VmxVcpu {
             controls: shared.controls,
             ept_pointer: ept::pointer(nested_root, shared.has_access_dirty()),
             vpid,
+            is_on_core: true,
             launched: false,
             host_rsp: 0,
             registers: state.registers,
@@ -238,6 +245,21 @@ impl VmxVcpu {
 }
 
 impl VendorVcpu for VmxVcpu {
+    fn reset(&mut self, state: &VcpuState) {
+        let s = &state.system;
+        self.registers = state.registers;
+        self.forget();
+        (self.cr0_shadow, self.cr4_shadow, self.efer) = (s.cr0, s.cr4 & CR4_MCE, s.efer & !EFER_LMA);
+        self.vmcs.write(Field::Cr4ReadShadow, self.cr4_shadow);
+        self.write_guest_state(state);
+        self.vmcs.write(Field::EntryInterruptionInfo, 0);
+        load_cr2(s.cr2);
+        write_dr6(s.dr6);
+        (self.event, self.nmi_pending, self.accepted) = (0, false, None);
+        (self.task_priority, self.windows) = (0, 0);
+        self.flush();
+    }
+
     fn set_efer(&mut self, value: u64) {
         self.efer = value & !EFER_LMA;
         let value = self.efer();
@@ -292,6 +314,28 @@ impl VendorVcpu for VmxVcpu {
             unsafe { Msr::new(index).write(value) };
         }
         self.vmcs.make_current();
+        if !self.is_on_core {
+            self.is_on_core = true;
+            host_state::write(&self.vmcs, exit_point());
+            // Another machine may have had its frames and VPID on this core, and it may itself have been here before.
+            self.flush();
+        }
+    }
+
+    fn release(&mut self) {
+        self.vmcs.clear();
+        (self.is_on_core, self.launched, self.host_rsp) = (false, false, 0);
+    }
+
+    fn exit_on_pause_loops(&mut self, wanted: bool) {
+        let controls = &mut self.controls.secondary;
+        let wanted = wanted && allows(self.shared.capabilities.secondary, secondary::PAUSE_LOOP_EXITING);
+        if wanted != (*controls & secondary::PAUSE_LOOP_EXITING != 0) {
+            *controls ^= secondary::PAUSE_LOOP_EXITING;
+            self.vmcs.write(Field::SecondaryControls, u64::from(*controls));
+            self.vmcs.write(Field::PleGap, PAUSE_LOOP_GAP);
+            self.vmcs.write(Field::PleWindow, PAUSE_LOOP_WINDOW);
+        }
     }
 
     fn unload(&mut self) {

@@ -1,0 +1,122 @@
+//! What the cores of a node share: virtualization, frames, randomness, and each other.
+
+use super::backend::Backend;
+use super::cores::Core;
+use crate::memory::frames::FramePool;
+use crate::storage::Storage;
+use alloc::boxed::Box;
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicBool, Ordering};
+use nestling_machine::platform::Entropy;
+use spin::Mutex;
+
+/// Random bytes for guests, from any core.
+pub type SharedEntropy = Mutex<Box<dyn Entropy + Send>>;
+
+/// A node, as its cores see it. It lives for ever.
+///
+/// Locks are taken in this order, and none but the first is held while a guest runs: a vCPU's own state, its machine's devices, its machine's
+/// nested page table, the node's disk, randomness, the frame pool. A core's queue is held alone.
+pub struct Node<B: Backend> {
+    /// The vendor's virtualization, on on every core.
+    pub backend: &'static B,
+    /// Where machines' frames come from.
+    pub pool: FramePool,
+    /// The node's disk.
+    pub storage: Mutex<Storage>,
+    /// Whether there is one.
+    has_disk: bool,
+    /// Something has arrived from it that machines may wait for.
+    has_arrived: AtomicBool,
+    /// Randomness for guests' entropy devices.
+    pub entropy: SharedEntropy,
+    /// The cores in use. The first runs the service besides.
+    pub cores: Vec<Core<B>>,
+    /// A core has something for the service.
+    service_wanted: AtomicBool,
+}
+
+impl<B: Backend> Node<B> {
+    /// A node whose cores have these APIC ids.
+    pub fn new(
+        backend: &'static B,
+        pool: FramePool,
+        storage: Storage,
+        entropy: Box<dyn Entropy + Send>,
+        apic_ids: &[u32],
+    ) -> Self {
+        let cores = apic_ids.iter().enumerate().map(|(index, id)| Core::new(index, *id)).collect();
+        Self {
+            backend,
+            pool,
+            has_disk: storage.has_disk(),
+            storage: Mutex::new(storage),
+            has_arrived: AtomicBool::new(false),
+            entropy: Mutex::new(entropy),
+            cores,
+            service_wanted: AtomicBool::new(false),
+        }
+    }
+
+    /// Takes what the node's disk has done, and gives it more to do. Cheap when there is no disk.
+    pub fn poll_disk(&self) {
+        if self.has_disk {
+            self.poll_storage(&mut self.storage.lock());
+        }
+    }
+
+    /// The same, by who uses it already.
+    pub fn poll_storage(&self, storage: &mut Storage) {
+        let before = storage.arrivals();
+        storage.poll();
+        if storage.arrivals() != before {
+            self.has_arrived.store(true, Ordering::SeqCst);
+            self.kick_first();
+        }
+    }
+
+    /// Whether something has arrived from the disk since the last call: the machines are to be told.
+    pub fn take_arrived(&self) -> bool {
+        self.has_arrived() && self.has_arrived.swap(false, Ordering::SeqCst)
+    }
+
+    /// Whether something has arrived from the disk that machines were not told.
+    pub fn has_arrived(&self) -> bool {
+        self.has_arrived.load(Ordering::Relaxed)
+    }
+
+    /// When [`Self::poll_disk`] has to be called at the latest, in nanoseconds since boot.
+    pub fn disk_deadline(&self) -> Option<u64> {
+        if self.has_disk { self.storage.lock().deadline() } else { None }
+    }
+
+    fn kick_first(&self) {
+        if let Some(core) = self.cores.first() {
+            core.kick();
+        }
+    }
+
+    /// Calls the service: it is woken, or its core's guest is left once it has had its time.
+    pub fn want_service(&self) {
+        if !self.service_wanted.swap(true, Ordering::SeqCst) {
+            self.kick_first();
+        }
+    }
+
+    /// Whether the service was called.
+    pub fn is_service_wanted(&self) -> bool {
+        self.service_wanted.load(Ordering::SeqCst)
+    }
+
+    /// The service looks: what calls it from now on is for its next round.
+    pub fn take_service_wanted(&self) -> bool {
+        self.service_wanted.swap(false, Ordering::SeqCst)
+    }
+
+    /// vCPUs wait on a core: one that has nothing to do may take one of them.
+    pub fn offer_work(&self) {
+        if let Some(idle) = self.cores.iter().find(|core| core.is_idle()) {
+            idle.kick();
+        }
+    }
+}
