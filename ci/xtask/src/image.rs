@@ -1,19 +1,19 @@
-//! Building guest images: a Debian kernel, unmodified, and an initramfs of the agent, some Debian packages and modules.
+//! Building guest images: a Debian kernel, unmodified, the agent, and a root file system: in the initramfs, or on a disk.
 //!
 //! An image is described by `images/guest/NAME/recipe.json` and the files under `images/guest/NAME/root`. What comes out is
 //! `target/images/NAME.tar`, a bundle as the node reads it. The same inputs give the same bytes: nothing in a bundle has a time, an
 //! owner or an order of its own.
 
 mod agent;
-mod bundle;
-pub(crate) mod modules;
-pub(crate) mod packages;
+mod debian;
+mod memory;
 pub(crate) mod recipe;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use nestling_image_builder::{hex, packages};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -21,11 +21,20 @@ use crate::build::workspace_root;
 use recipe::Recipe;
 
 /// What decides how the same inputs are put together: a change here makes every image anew.
-const BUILDER: [&str; 4] = [
+const BUILDER: [&str; 13] = [
     include_str!("image/agent.rs"),
-    include_str!("image/bundle.rs"),
-    include_str!("image/modules.rs"),
-    include_str!("cpio.rs"),
+    include_str!("image/debian.rs"),
+    include_str!("image/memory.rs"),
+    include_str!("../../../images/builder/src/archive.rs"),
+    include_str!("../../../images/builder/src/build.rs"),
+    include_str!("../../../images/builder/src/bundle.rs"),
+    include_str!("../../../images/builder/src/cpio.rs"),
+    include_str!("../../../images/builder/src/ext4/folder.rs"),
+    include_str!("../../../images/builder/src/ext4/inode.rs"),
+    include_str!("../../../images/builder/src/ext4/mod.rs"),
+    include_str!("../../../images/builder/src/ext4/space.rs"),
+    include_str!("../../../images/builder/src/modules.rs"),
+    include_str!("../../../images/builder/src/root.rs"),
 ];
 
 /// What the last build was made from and what came out, kept beside the bundle.
@@ -45,6 +54,7 @@ pub(crate) fn build(name: &str) -> Result<PathBuf> {
     lock.lock().context("cannot lock target/images")?;
 
     let agent = agent::build(&folder.join("build"))?;
+    let (path, cache) = (folder.join(format!("{name}.tar")), folder.join("cache"));
     let kernel = packages::resolve(&recipe.kernel)?;
     let others =
         recipe.packages.iter().map(|package| packages::resolve(package)).collect::<Result<Vec<_>>>()?;
@@ -56,33 +66,64 @@ pub(crate) fn build(name: &str) -> Result<PathBuf> {
         inputs.update(format!("{} {}\n", package.name, package.sha256));
     }
     recipe.digest_into(&mut inputs)?;
+    let root = recipe.root.as_ref().map(|root| debian::Plan::new(&recipe, root)).transpose()?;
+    root.iter().for_each(|root| inputs.update(&root.inputs));
     let inputs = hex(&inputs.finalize());
 
-    let (path, stamp_path) = (folder.join(format!("{name}.tar")), folder.join(format!("{name}.stamp.json")));
+    let stamp_path = folder.join(format!("{name}.stamp.json"));
     let stamp = fs::read(&stamp_path).ok().and_then(|text| serde_json::from_slice::<Stamp>(&text).ok());
     if let Some(stamp) = stamp
         && stamp.inputs == inputs
-        && fs::read(&path).is_ok_and(|bytes| sha256(&bytes) == stamp.bundle)
+        && bundle_is(&path, &stamp.bundle)
     {
         return Ok(path);
     }
 
-    let cache = folder.join("cache");
-    let kernel_root = packages::unpack(&kernel, &cache)?;
-    let roots = others.iter().map(|package| packages::unpack(package, &cache)).collect::<Result<Vec<_>>>()?;
-    let contents = bundle::Contents::gather(&recipe, agent, &kernel, &kernel_root, &roots)?;
-    let bytes = contents.bundle()?;
-    write_at_once(&path, &bytes)?;
-    let stamp = Stamp { inputs, bundle: sha256(&bytes) };
+    if let Some(root) = root {
+        root.build(&recipe, &agent, &path, &cache)?;
+    } else {
+        let kernel_root = packages::unpack(&kernel, &cache)?;
+        let roots =
+            others.iter().map(|package| packages::unpack(package, &cache)).collect::<Result<Vec<_>>>()?;
+        let agent_len = agent.len();
+        let image = memory::gather(&recipe, agent, &kernel, &kernel_root, &roots)?;
+        image.write_to(&path, &mut |_, _| {})?;
+        eprintln!(
+            "image: {name}: agent {}, initramfs {}, kernel {}",
+            kib(agent_len),
+            kib(image.initramfs.len()),
+            kib(image.kernel.len())
+        );
+    }
+    let stamp = Stamp { inputs, bundle: digest(&path)? };
     write_at_once(&stamp_path, &serde_json::to_vec(&stamp)?)?;
-    eprintln!(
-        "image: {name}: agent {}, initramfs {}, kernel {}",
-        kib(contents.agent_len),
-        kib(contents.initramfs.len()),
-        kib(contents.kernel.len())
-    );
-    eprintln!("image: {} sha256:{}", path.display(), stamp.bundle);
+    eprintln!("image: {} {}", path.display(), stamp.bundle);
     Ok(path)
+}
+
+/// Whether a bundle stands as it was built. A large one is known by its size: to read it would take longer than the build's other checks.
+fn bundle_is(path: &Path, digest_then: &str) -> bool {
+    const LARGE: u64 = 64 << 20;
+    let len = fs::metadata(path).map_or(0, |bundle| bundle.len());
+    if len > LARGE {
+        return digest_then.ends_with(&format!(" {len} bytes"));
+    }
+    digest(path).is_ok_and(|now| now == digest_then)
+}
+
+/// A bundle's digest and size, as messages and stamps have them.
+fn digest(path: &Path) -> Result<String> {
+    let mut file = fs::File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let (mut hash, mut buffer, mut len) = (Sha256::new(), vec![0; 1 << 20], 0_u64);
+    loop {
+        match std::io::Read::read(&mut file, &mut buffer)? {
+            0 => return Ok(format!("sha256:{} {len} bytes", hex(&hash.finalize()))),
+            read => {
+                hash.update(&buffer[..read]);
+                len += read as u64;
+            }
+        }
+    }
 }
 
 /// Where images, and what they are made from, are kept.
@@ -95,14 +136,6 @@ fn write_at_once(path: &Path, bytes: &[u8]) -> Result<()> {
     let new = path.with_extension("new");
     fs::write(&new, bytes).with_context(|| format!("cannot write {}", new.display()))?;
     fs::rename(&new, path).with_context(|| format!("cannot write {}", path.display()))
-}
-
-fn sha256(bytes: &[u8]) -> String {
-    hex(&Sha256::digest(bytes))
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn kib(bytes: usize) -> String {

@@ -4,7 +4,6 @@
 
 mod bench;
 mod build;
-mod cpio;
 mod demo;
 mod image;
 mod matrix;
@@ -38,7 +37,7 @@ enum Command {
     Test(test::Arguments),
     /// Run the tests that hold everywhere on every CPU model of a list, in Bochs: takes long, for the night
     Matrix(matrix::Arguments),
-    /// Build a guest image: `cargo xtask image minimal`
+    /// Build a guest image: `cargo xtask image minimal`, `cargo xtask image debian`
     Image {
         /// The image's name
         #[arg(default_value = "minimal")]

@@ -86,6 +86,19 @@ pub(crate) fn ensure_bochs() -> Result<()> {
     install_missing(&BOCHS)
 }
 
+/// What a root file system is installed with: as root, or in a namespace of one's own.
+const IMAGES: [Tool; 4] = [
+    Tool::new("mmdebstrap", "mmdebstrap"),
+    Tool::new("/usr/sbin/depmod", "kmod"),
+    Tool::new("/usr/share/keyrings/debian-archive-keyring.gpg", "debian-archive-keyring"),
+    Tool::new("newuidmap", "uidmap"),
+];
+
+/// Installs what is missing for images with a root file system on a disk. Says nothing when nothing is missing.
+pub(crate) fn ensure_images() -> Result<()> {
+    install_missing(&IMAGES)
+}
+
 /// Installs what is missing of `tools` and shows where they are then.
 fn install_missing(tools: &[Tool]) -> Result<()> {
     let missing: Vec<&Tool> = tools.iter().filter(|tool| tool.path().is_none()).collect();

@@ -6,12 +6,12 @@
 use super::machine::Machine;
 use super::rows::Samples;
 use crate::build::workspace_root;
-use crate::cpio::Archive;
-use crate::image::modules::Modules;
-use crate::image::packages::{resolve, unpack};
 use crate::image::recipe::Recipe;
 use crate::process::output;
 use anyhow::{Context, Result, bail};
+use nestling_image_builder::cpio::Archive;
+use nestling_image_builder::modules::Modules;
+use nestling_image_builder::packages::{resolve, unpack};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -85,7 +85,7 @@ impl Peer {
 
         let mut l1 = busybox(&shell)?;
         let mut loaded = Vec::new();
-        for module in Modules::find(&kernel)?.closure(&MODULES.map(str::to_owned))? {
+        for module in Modules::of_package(&kernel)?.closure(&MODULES.map(str::to_owned))? {
             l1.file(&format!("modules/{}.ko", module.name), module.contents, false);
             loaded.push(module.name);
         }

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 /// `recipe.json`.
@@ -16,6 +16,19 @@ struct Text {
     packages: Vec<String>,
     modules: Vec<String>,
     command_line: Vec<String>,
+    root: Option<Distribution>,
+}
+
+/// A root file system that is installed from a Debian suite.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Distribution {
+    /// The suite, such as `bookworm`.
+    pub(super) suite: String,
+    /// What is installed besides the essential packages and apt.
+    pub(super) packages: Vec<String>,
+    /// Variables of every step.
+    pub(super) environment: BTreeMap<String, String>,
 }
 
 /// An image's description.
@@ -33,6 +46,8 @@ pub(crate) struct Recipe {
     pub(crate) command_line: String,
     /// The image's own files: path in the image, contents, whether executable.
     pub(super) files: BTreeMap<String, (Vec<u8>, bool)>,
+    /// What is on the image's disk, if the initramfs is not its root.
+    pub(super) root: Option<Distribution>,
 }
 
 impl Recipe {
@@ -63,12 +78,13 @@ impl Recipe {
             modules: text.modules,
             command_line: text.command_line.join(" "),
             files,
+            root: text.root,
         })
     }
 
     /// Adds everything that decides how the image comes out.
     pub(super) fn digest_into(&self, digest: &mut Sha256) -> Result<()> {
-        let head = (&self.name, &self.kernel, &self.packages, &self.modules, &self.command_line);
+        let head = (&self.name, &self.kernel, &self.packages, &self.modules, &self.command_line, &self.root);
         digest.update(serde_json::to_vec(&head)?);
         for (path, (contents, executable)) in &self.files {
             digest.update(serde_json::to_vec(&(path, executable))?);
@@ -121,10 +137,21 @@ mod tests {
     }
 
     #[test]
+    fn the_debian_recipe_boots_from_its_disk_and_has_what_builds_need() {
+        let recipe = Recipe::read(&workspace_root().join("images/guest"), "debian").unwrap();
+        assert!(recipe.command_line.contains("root=/dev/vda") && recipe.command_line.contains("panic=-1"));
+        let root = recipe.root.unwrap();
+        for package in ["git", "curl", "ca-certificates", "build-essential", "python3", "sudo", "kmod"] {
+            assert!(root.packages.iter().any(|one| one == package), "{package}");
+        }
+        assert!(recipe.modules.iter().any(|module| module == "virtio_blk"));
+    }
+
+    #[test]
     fn an_unknown_image_is_refused_with_the_ones_there_are() {
         for name in ["minimall", "", "../guest/minimal", "agent"] {
             let error = Recipe::read(&workspace_root().join("images/guest"), name).unwrap_err().to_string();
-            assert!(error.contains("there is: minimal"), "{error}");
+            assert!(error.contains("there is: ") && error.contains("minimal"), "{error}");
         }
     }
 

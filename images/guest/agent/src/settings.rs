@@ -33,6 +33,8 @@ pub(crate) struct Settings {
     pub(crate) scripts: PathBuf,
     /// `HOME` of the steps.
     pub(crate) home: String,
+    /// The image's own variables for steps.
+    pub(crate) environment: Vec<(String, String)>,
     /// The disk to change to, if the initramfs is not the root itself.
     pub(crate) root: Option<RootDisk>,
 }
@@ -44,6 +46,7 @@ impl Default for Settings {
             work: "/workspace".into(),
             scripts: "/run/nestling".into(),
             home: "/root".into(),
+            environment: Vec::new(),
             root: None,
         }
     }
@@ -71,6 +74,12 @@ impl Settings {
             }
         }
         Ok(settings)
+    }
+
+    /// Takes the image's variables for steps: `NAME=VALUE` lines.
+    pub(crate) fn read_environment(&mut self, text: &str) {
+        let settings = text.lines().filter_map(|line| line.split_once('='));
+        self.environment = settings.map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
     }
 
     /// Takes `nestling.transport=DEVICE`, `root=DEVICE` and `rootfstype=NAME` from the kernel's command line.
@@ -123,6 +132,14 @@ mod tests {
         settings.read_kernel_command_line("quiet nestling.transport=/dev/ttyS1 panic=-1\n");
         assert_eq!(settings.transport, Transport::Device("/dev/ttyS1".into()));
         assert_eq!(settings.root, None);
+    }
+
+    #[test]
+    fn the_images_variables_are_lines_of_name_and_value() {
+        let mut settings = Settings::default();
+        settings.read_environment("LANG=C.UTF-8\nodd\nOPTIONS=-a=b -c\n");
+        let expected = [("LANG", "C.UTF-8"), ("OPTIONS", "-a=b -c")];
+        assert_eq!(settings.environment, expected.map(|(name, value)| (name.to_owned(), value.to_owned())));
     }
 
     #[test]

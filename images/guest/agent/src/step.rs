@@ -69,7 +69,8 @@ impl Step {
 
         let mut command = Command::new("/bin/sh");
         command.arg("-e").arg(&script).current_dir(folder);
-        command.env_clear().envs(base_environment(settings)).envs(&request.env);
+        let of_image = settings.environment.iter().map(|(name, value)| (name, value));
+        command.env_clear().envs(base_environment(settings)).envs(of_image).envs(&request.env);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         // SAFETY: the closure runs in the child between fork and exec; the agent has one thread, so no lock is held there.
         unsafe { command.pre_exec(become_a_step) };

@@ -18,6 +18,8 @@ use crate::settings::Settings;
 const MODULES: &str = "/etc/nestling/modules";
 /// Where programs look for the machine's id.
 const MACHINE_ID: &str = "/etc/machine-id";
+/// Where an image keeps variables of its own for steps.
+const ENVIRONMENT: &str = "/etc/nestling/environment";
 /// Open files of a step: what most programs expect at first, and what they may ask for (systemd's defaults).
 const OPEN_FILES: (u64, u64) = (1024, 524_288);
 
@@ -80,6 +82,7 @@ pub(crate) fn start(settings: &mut Settings) -> Result<(), String> {
         "set the limit of open files",
         setrlimit(Resource::RLIMIT_NOFILE, soft, hard).map_err(io::Error::from),
     );
+    settings.read_environment(&fs::read_to_string(ENVIRONMENT).unwrap_or_default());
     fs::create_dir_all(&settings.work)
         .map_err(|error| format!("cannot create {}: {error}", settings.work.display()))
 }

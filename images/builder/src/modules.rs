@@ -3,56 +3,82 @@
 //! The package has no `modules.dep` (it is made when a kernel is installed), so the dependencies are read from the modules
 //! themselves: the `depends=` entry of their `.modinfo` section, NUL-terminated strings.
 
-use std::collections::BTreeMap;
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::collections::{BTreeMap, HashSet};
+use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 
+use crate::archive::unpacked_bytes;
+use crate::content::Content;
+use crate::directory;
+use crate::tree::{Kind, Tree};
+
+/// Most bytes of a module: the largest there are have some ten million.
+const MAX_MODULE: u64 = 256 << 20;
+/// How a module's file may be compressed.
+const SUFFIXES: [&str; 4] = [".ko", ".ko.xz", ".ko.zst", ".ko.gz"];
+
 /// The modules of one kernel.
-pub(crate) struct Modules {
-    files: BTreeMap<String, PathBuf>,
-    built_in: Vec<String>,
+pub struct Modules {
+    files: BTreeMap<String, Content>,
+    built_in: HashSet<String>,
 }
 
 /// One module to load.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Module {
+pub struct Module {
     /// Its name, with underscores.
-    pub(crate) name: String,
-    /// The file's bytes.
-    pub(crate) contents: Vec<u8>,
+    pub name: String,
+    /// The file's bytes, not compressed.
+    pub contents: Vec<u8>,
 }
 
 impl Modules {
-    /// Finds the modules below `root`, a kernel's unpacked package.
-    pub(crate) fn find(root: &Path) -> Result<Self> {
-        let folder = root.join("lib/modules");
-        let (mut files, mut built_in) = (BTreeMap::new(), Vec::new());
-        let mut folders = vec![folder.clone()];
-        while let Some(folder) = folders.pop() {
-            for entry in fs::read_dir(&folder).with_context(|| format!("cannot read {}", folder.display()))? {
-                let path = entry?.path();
-                let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-                if path.is_dir() {
-                    folders.push(path);
-                } else if let Some(name) = file.strip_suffix(".ko") {
-                    files.insert(normalized(name), path);
-                } else if file == "modules.builtin" {
-                    let list = fs::read_to_string(&path)?;
-                    let names = list.lines().filter_map(|line| line.rsplit('/').next()?.strip_suffix(".ko"));
-                    built_in.extend(names.map(normalized));
-                }
+    /// The modules below `root`, a kernel's unpacked package.
+    ///
+    /// # Errors
+    /// When there are none.
+    pub fn of_package(root: &Path) -> Result<Self> {
+        let mut tree = Tree::new();
+        directory::add(&mut tree, "", &root.join("lib/modules"))?;
+        Self::find(&tree).with_context(|| root.display().to_string())
+    }
+
+    /// The modules anywhere in `tree`.
+    ///
+    /// # Errors
+    /// When there are none.
+    pub fn find(tree: &Tree) -> Result<Self> {
+        let (mut files, mut built_in) = (BTreeMap::new(), HashSet::new());
+        for (_, file, id) in tree.walk() {
+            let (Kind::File(content), Ok(file)) = (&tree.node(id).kind, std::str::from_utf8(file)) else {
+                continue;
+            };
+            if let Some(name) = SUFFIXES.iter().find_map(|suffix| file.strip_suffix(suffix)) {
+                files.insert(normalized(name), content.clone());
+            } else if file == "modules.builtin" {
+                let list = String::from_utf8(content.read(MAX_MODULE)?)?;
+                let names = list.lines().filter_map(|line| line.rsplit('/').next()?.strip_suffix(".ko"));
+                built_in.extend(names.map(normalized));
             }
         }
         if files.is_empty() {
-            bail!("there are no uncompressed modules (*.ko) in {}", folder.display());
+            bail!("there are no modules (*.ko)");
         }
         Ok(Self { files, built_in })
     }
 
+    /// Whether the kernel has `name`, in itself or as a module.
+    #[must_use]
+    pub fn has(&self, name: &str) -> bool {
+        self.files.contains_key(&normalized(name)) || self.built_in.contains(&normalized(name))
+    }
+
     /// The modules `wanted` and everything they depend on, in an order in which they can be loaded.
-    pub(crate) fn closure(&self, wanted: &[String]) -> Result<Vec<Module>> {
+    ///
+    /// # Errors
+    /// When one is missing, is not a module or depends on itself; the message names it.
+    pub fn closure(&self, wanted: &[String]) -> Result<Vec<Module>> {
         let mut modules = Vec::new();
         for name in wanted {
             self.add(&normalized(name), &mut modules, &mut Vec::new())?;
@@ -61,17 +87,16 @@ impl Modules {
     }
 
     fn add(&self, name: &str, modules: &mut Vec<Module>, above: &mut Vec<String>) -> Result<()> {
-        if modules.iter().any(|module| module.name == name) || self.built_in.iter().any(|other| other == name)
-        {
+        if modules.iter().any(|module| module.name == name) || self.built_in.contains(name) {
             return Ok(());
         }
         if above.iter().any(|other| other == name) {
             bail!("the module {name} depends on itself, through {}", above.join(", "));
         }
-        let path =
-            self.files.get(name).with_context(|| format!("the kernel's package has no module {name}"))?;
-        let contents = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-        let depends = depends(&contents).with_context(|| format!("{} is not a module", path.display()))?;
+        let content = self.files.get(name).with_context(|| format!("the kernel has no module {name}"))?;
+        let read = || unpacked_bytes(&content.read(MAX_MODULE)?);
+        let contents = read().with_context(|| format!("cannot read the module {name}"))?;
+        let depends = depends(&contents).with_context(|| format!("{name}.ko is not a module"))?;
         above.push(name.to_owned());
         for other in depends {
             self.add(&other, modules, above)?;
@@ -98,6 +123,9 @@ fn depends(module: &[u8]) -> Option<Vec<String>> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::path::PathBuf;
+
     use super::*;
 
     fn modules(name: &str, dependencies: &[(&str, &str)]) -> (PathBuf, Modules) {
@@ -112,7 +140,7 @@ mod tests {
             )
             .unwrap();
         }
-        let found = Modules::find(&root).unwrap();
+        let found = Modules::of_package(&root).unwrap();
         (root, found)
     }
 

@@ -8,24 +8,27 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-use super::sha256;
 use crate::process::{find, output, run};
+use crate::sha256;
 
 /// One version of a package.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Package {
+pub struct Package {
     /// Its name.
-    pub(crate) name: String,
+    pub name: String,
     /// Its version.
-    pub(crate) version: String,
+    pub version: String,
     /// SHA-256 of its file, hexadecimal, as the repository's signed index says.
-    pub(crate) sha256: String,
+    pub sha256: String,
     /// The first alternative of each thing it depends on, without version.
     depends: Vec<String>,
 }
 
 /// Finds the version of `name` that apt would install; for a kernel's metapackage, the kernel it stands for.
-pub(crate) fn resolve(name: &str) -> Result<Package> {
+///
+/// # Errors
+/// When apt is not there or does not know the package.
+pub fn resolve(name: &str) -> Result<Package> {
     for tool in ["apt-cache", "apt-get", "dpkg-deb"] {
         if find(tool).is_none() {
             bail!(
@@ -48,7 +51,10 @@ fn is_kernel(name: &str) -> bool {
 }
 
 /// Downloads `package` into `cache` and unpacks it there, unless that has been done; the folder with its files.
-pub(crate) fn unpack(package: &Package, cache: &Path) -> Result<PathBuf> {
+///
+/// # Errors
+/// When it cannot be downloaded or unpacked, or is not what the repository's index promised.
+pub fn unpack(package: &Package, cache: &Path) -> Result<PathBuf> {
     let root = cache.join(format!("{}_{}", package.name, package.version.replace(':', "%3a")));
     if root.is_dir() {
         return Ok(root);
