@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use nestling::bed::{BedKind, UnknownBed};
+use nestling_image_builder::build::Source;
 
 /// Run CI jobs, each in a fresh virtual machine of its own.
 #[derive(Debug, Parser)]
@@ -31,6 +32,8 @@ pub(crate) enum Command {
     Logs(Logs),
     Connections(Connections),
     Cancel(Cancel),
+    #[command(subcommand)]
+    Image(Image),
 }
 
 /// Which node a command talks to.
@@ -104,6 +107,9 @@ pub(crate) struct Up {
     /// $XDG_DATA_HOME/nestling/images]
     #[arg(long, value_name = "FILE")]
     pub(crate) image: Option<PathBuf>,
+    /// The store of further images, see `nestling image` [default: $XDG_DATA_HOME/nestling/images.tar, where it is there]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) store: Option<PathBuf>,
     /// The token clients must have [default: a random one]
     #[arg(long, env = "NESTLING_TOKEN", hide_env_values = true)]
     pub(crate) token: Option<String>,
@@ -267,6 +273,83 @@ pub(crate) struct Cancel {
     pub(crate) ids: Vec<String>,
     #[command(flatten)]
     pub(crate) node: NodeOptions,
+}
+
+/// Build images that machines boot, and keep them in a store that nodes read
+#[derive(Debug, Subcommand)]
+pub(crate) enum Image {
+    Build(ImageBuild),
+    Add(ImageAdd),
+    List(ImageList),
+    Remove(ImageRemove),
+}
+
+/// Build an image from a root file system: a tar, a folder, or an OCI image
+///
+/// The agent is added, and a kernel: Debian's for virtual machines by apt, unless --kernel says otherwise. Needs no privileges; what is in
+/// an archive comes out with its owners, devices and attributes.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  docker export $(docker create my-ci) > root.tar && nestling image build my-ci --from root.tar
+  skopeo copy docker://debian:12 oci:debian12 && nestling image build debian12 --from oci:debian12
+  buildah push my-ci oci:layout:latest && nestling image build my-ci --from oci:layout:latest
+  nestling image build mine --from ./root --kernel own --free 8192
+
+Then: nestling image add my-ci.tar && nestling run --image my-ci -- make")]
+pub(crate) struct ImageBuild {
+    /// The image's name
+    pub(crate) name: String,
+    /// The root: a tar (also .gz, .xz, .zst), a folder, or oci:DIR[:TAG]
+    #[arg(long, value_name = "SOURCE")]
+    pub(crate) from: Source,
+    /// The bundle to write [default: NAME.tar]
+    #[arg(long, short, value_name = "FILE")]
+    pub(crate) output: Option<PathBuf>,
+    /// The kernel: a bzImage, or `own` for the newest in the root's /boot [default: Debian's cloud kernel]
+    #[arg(long, value_name = "FILE|own")]
+    pub(crate) kernel: Option<PathBuf>,
+    /// The modules of --kernel FILE: /lib/modules/RELEASE, or a folder that has it
+    #[arg(long, value_name = "DIR", requires = "kernel")]
+    pub(crate) modules: Option<PathBuf>,
+    /// What a machine's disk has free
+    #[arg(long, value_name = "MIB", default_value_t = nestling_image_builder::build::FREE_MIB)]
+    pub(crate) free: u32,
+    /// Print only errors
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
+}
+
+/// Add images to a store; nodes that start afterwards have them
+#[derive(Debug, Args)]
+pub(crate) struct ImageAdd {
+    /// Bundles, as `nestling image build` and `cargo xtask image` make them
+    #[arg(required = true, value_name = "BUNDLE")]
+    pub(crate) bundles: Vec<PathBuf>,
+    /// The store: a file, which is made if it is not there, or a disk, perhaps with a partition named nestling-images
+    /// [default: $XDG_DATA_HOME/nestling/images.tar]
+    #[arg(long, value_name = "STORE")]
+    pub(crate) to: Option<PathBuf>,
+    /// Replace images of the same names
+    #[arg(long)]
+    pub(crate) replace: bool,
+}
+
+/// List the images of a store or a bundle
+#[derive(Debug, Args)]
+pub(crate) struct ImageList {
+    /// The store or bundle [default: $XDG_DATA_HOME/nestling/images.tar]
+    #[arg(value_name = "STORE")]
+    pub(crate) store: Option<PathBuf>,
+}
+
+/// Remove an image from a store
+#[derive(Debug, Args)]
+pub(crate) struct ImageRemove {
+    /// The image's name
+    pub(crate) name: String,
+    /// The store [default: $XDG_DATA_HOME/nestling/images.tar]
+    #[arg(long, value_name = "STORE")]
+    pub(crate) from: Option<PathBuf>,
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Where the bundle of images is found.
+//! Where the bundle of images and the user's store of images are found.
 
 use std::env;
 use std::fmt;
@@ -6,6 +6,37 @@ use std::path::{Path, PathBuf};
 
 /// The bundle's file name.
 const FILE: &str = "minimal.tar";
+
+/// The store's file name, in the user's data.
+const STORE: &str = "images.tar";
+
+/// The user's store of images: `$XDG_DATA_HOME/nestling/images.tar`. It need not be there. None when the user has no home.
+#[must_use]
+pub fn default_store() -> Option<PathBuf> {
+    data().map(|data| data.join("nestling").join(STORE))
+}
+
+/// The store a node's machines can boot from beside the bundle: `given`, or [`default_store`] where it is there.
+///
+/// # Errors
+/// [`NotFound`] when `given` is not there.
+pub fn find_store(given: Option<&Path>) -> Result<Option<PathBuf>, NotFound> {
+    match given {
+        Some(path) => match path.canonicalize() {
+            Ok(path) if !path.is_dir() => Ok(Some(path)),
+            _ => Err(NotFound::Store(path.to_owned())),
+        },
+        None => Ok(default_store().filter(|path| path.is_file())),
+    }
+}
+
+/// Where the user's data are.
+fn data() -> Option<PathBuf> {
+    env::var_os("XDG_DATA_HOME")
+        .map(PathBuf::from)
+        .filter(|path| path.is_absolute())
+        .or_else(|| Some(env::home_dir()?.join(".local/share")))
+}
 
 /// Finds the bundle a node is started with: `given`, `NESTLING_IMAGE`, `target/images/minimal.tar` of the checkout the
 /// current directory or this executable is in, `$XDG_DATA_HOME/nestling/images/minimal.tar`; in this order.
@@ -49,11 +80,7 @@ fn candidates() -> Vec<PathBuf> {
             }
         }
     }
-    let data = env::var_os("XDG_DATA_HOME")
-        .map(PathBuf::from)
-        .filter(|path| path.is_absolute())
-        .or_else(|| Some(env::home_dir()?.join(".local/share")));
-    places.extend(data.map(|data| data.join("nestling/images").join(FILE)));
+    places.extend(data().map(|data| data.join("nestling/images").join(FILE)));
     places
 }
 
@@ -74,12 +101,21 @@ pub enum NotFound {
     },
     /// None of the usual places has one.
     Searched(Vec<PathBuf>),
+    /// Somebody named a store that is not there.
+    Store(PathBuf),
 }
 
 impl fmt::Display for NotFound {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             NotFound::Named { by, path } => write!(f, "{by}: {} is not a file", path.display())?,
+            NotFound::Store(path) => {
+                let path = path.display();
+                return write!(
+                    f,
+                    "--store: {path} is not there; `nestling image add BUNDLE --to {path}` makes it"
+                );
+            }
             NotFound::Searched(places) => {
                 f.write_str("there is no image for the jobs' machines; looked for")?;
                 for place in places {
@@ -104,6 +140,14 @@ mod tests {
         let error = find(Some(Path::new("/nonexistent/x.tar"))).unwrap_err();
         assert!(error.to_string().starts_with("--image: /nonexistent/x.tar is not a file"), "{error}");
         assert!(error.to_string().contains("cargo xtask image minimal"));
+    }
+
+    #[test]
+    fn a_store_that_is_named_has_to_be_there() {
+        let error = find_store(Some(Path::new("/nonexistent/images.tar"))).unwrap_err().to_string();
+        assert!(error.contains("/nonexistent/images.tar") && error.contains("nestling image add"), "{error}");
+        let file = tempfile::NamedTempFile::new().unwrap();
+        assert_eq!(find_store(Some(file.path())).unwrap().as_deref(), Some(file.path()));
     }
 
     #[test]

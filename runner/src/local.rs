@@ -39,6 +39,8 @@ pub struct Options {
     pub port: u16,
     /// The bundle of images; none looks in the usual places.
     pub image: Option<PathBuf>,
+    /// The store of further images; none takes the user's, where it is there.
+    pub store: Option<PathBuf>,
     /// The token it asks for; none for a node anybody on this computer may use.
     pub token: Option<String>,
 }
@@ -59,6 +61,7 @@ pub fn start(
         check_token(token)?;
     }
     let image = image::find(options.image.as_deref()).map_err(LocalError::Image)?;
+    let store = image::find_store(options.store.as_deref()).map_err(LocalError::Image)?;
     dir.forget().map_err(LocalError::State)?;
     let auth = options.token.as_ref().map_or("auth=off".to_owned(), |token| format!("token={token}"));
     let machine = Machine {
@@ -68,6 +71,7 @@ pub fn start(
         cores: 1,
         kernel: dir.kernel(),
         image: Some(image.clone()),
+        store,
         command_line: format!("{auth} name={name}"),
         network: Network::User { port: options.port },
         dir: dir.path().to_owned(),

@@ -27,6 +27,7 @@ fn main() -> ExitCode {
         Command::Logs(options) => commands::logs::logs(&options),
         Command::Connections(options) => commands::connections::connections(&options),
         Command::Cancel(options) => commands::cancel::cancel(&options),
+        Command::Image(command) => commands::image::image(&command),
     };
     match result {
         Ok(code) => ExitCode::from(code),

@@ -20,22 +20,8 @@ use sha2::{Digest, Sha256};
 use crate::build::workspace_root;
 use recipe::Recipe;
 
-/// What decides how the same inputs are put together: a change here makes every image anew.
-const BUILDER: [&str; 13] = [
-    include_str!("image/agent.rs"),
-    include_str!("image/debian.rs"),
-    include_str!("image/memory.rs"),
-    include_str!("../../../images/builder/src/archive.rs"),
-    include_str!("../../../images/builder/src/build.rs"),
-    include_str!("../../../images/builder/src/bundle.rs"),
-    include_str!("../../../images/builder/src/cpio.rs"),
-    include_str!("../../../images/builder/src/ext4/folder.rs"),
-    include_str!("../../../images/builder/src/ext4/inode.rs"),
-    include_str!("../../../images/builder/src/ext4/mod.rs"),
-    include_str!("../../../images/builder/src/ext4/space.rs"),
-    include_str!("../../../images/builder/src/modules.rs"),
-    include_str!("../../../images/builder/src/root.rs"),
-];
+/// The folders whose files decide how the same inputs are put together: a change there makes every image anew.
+const BUILDER: [&str; 3] = ["ci/xtask/src/image", "images/builder/src", "images/builder/src/ext4"];
 
 /// What the last build was made from and what came out, kept beside the bundle.
 #[derive(PartialEq, Serialize, Deserialize)]
@@ -60,7 +46,7 @@ pub(crate) fn build(name: &str) -> Result<PathBuf> {
         recipe.packages.iter().map(|package| packages::resolve(package)).collect::<Result<Vec<_>>>()?;
 
     let mut inputs = Sha256::new();
-    inputs.update(BUILDER.concat());
+    digest_builder(&mut inputs)?;
     inputs.update(Sha256::digest(&agent));
     for package in others.iter().chain([&kernel]) {
         inputs.update(format!("{} {}\n", package.name, package.sha256));
@@ -124,6 +110,20 @@ fn digest(path: &Path) -> Result<String> {
             }
         }
     }
+}
+
+/// Adds the builder's own sources.
+fn digest_builder(digest: &mut Sha256) -> Result<()> {
+    for folder in BUILDER {
+        let folder = workspace_root().join(folder);
+        let entries = fs::read_dir(&folder).with_context(|| format!("cannot read {}", folder.display()))?;
+        let mut files = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
+        files.sort();
+        for file in files.iter().filter(|file| file.is_file()) {
+            digest.update(Sha256::digest(fs::read(file)?));
+        }
+    }
+    Ok(())
 }
 
 /// Where images, and what they are made from, are kept.

@@ -57,10 +57,8 @@ pub fn complete(tree: &mut Tree, kernel: &Kernel, environment: &[(String, String
     replace(tree, "etc/hostname", format!("{HOST_NAME}\n"))?;
     // Every machine gets its own at boot.
     replace(tree, "etc/machine-id", String::new())?;
-    if tree.link_at("etc/resolv.conf").is_some() {
-        // It leads to what a service would write that does not run here.
-        replace(tree, "etc/resolv.conf", String::new())?;
-    }
+    // Whose it was does not matter in a machine, and it may be a link to what a service would write that does not run here.
+    replace(tree, "etc/resolv.conf", String::new())?;
     let plain =
         |(name, value): &&(String, String)| !name.is_empty() && !name.contains('\n') && !value.contains('\n');
     let lines = environment.iter().filter(plain).map(|(name, value)| format!("{name}={value}\n"));

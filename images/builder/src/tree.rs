@@ -144,16 +144,6 @@ impl Tree {
         }
     }
 
-    /// The target of the link at a path, if there is one; links before its last name are followed.
-    #[must_use]
-    pub fn link_at(&self, path: &str) -> Option<&[u8]> {
-        let (folder, name) = path.rsplit_once('/').unwrap_or(("", path));
-        match &self.node(self.child(self.find(folder)?, name.as_bytes())?).kind {
-            Kind::Link(target) => Some(target),
-            _ => None,
-        }
-    }
-
     /// The names in the folder at a path.
     #[must_use]
     pub fn names(&self, path: &str) -> Option<Vec<String>> {

@@ -249,6 +249,7 @@ mod tests {
             cores: 1,
             kernel: "/s/kernel".into(),
             image: None,
+            store: None,
             command_line: "token=00ff".into(),
             network,
             dir: "/s/a,b \"c".into(),

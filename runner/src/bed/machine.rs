@@ -42,6 +42,8 @@ pub struct Machine {
     pub kernel: PathBuf,
     /// The bundle of images, when there is one.
     pub image: Option<PathBuf>,
+    /// The store of further images, on a disk that the node only reads; QEMU's alone.
+    pub store: Option<PathBuf>,
     /// The kernel's command line, which has the node's token.
     pub command_line: String,
     /// What the network card is plugged into.

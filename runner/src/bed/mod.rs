@@ -54,6 +54,7 @@ impl Bed {
             cores: 1,
             kernel: None,
             image: BedImage::Find,
+            store: None,
             network: Network::User { port: 0 },
             auth: BedAuth::Random,
             command_line: None,
@@ -86,6 +87,7 @@ pub struct BedBuilder {
     cores: u32,
     kernel: Option<PathBuf>,
     image: BedImage,
+    store: Option<PathBuf>,
     network: Network,
     auth: BedAuth,
     command_line: Option<String>,
@@ -140,6 +142,13 @@ impl BedBuilder {
     #[must_use]
     pub fn no_image(mut self) -> Self {
         self.image = BedImage::None;
+        self
+    }
+
+    /// A store of further images, on a disk of its own; default: none, whatever the user has.
+    #[must_use]
+    pub fn store(mut self, store: impl Into<PathBuf>) -> Self {
+        self.store = Some(store.into());
         self
     }
 
@@ -224,6 +233,7 @@ impl BedBuilder {
             cores: self.cores,
             kernel,
             image,
+            store: self.store,
             command_line,
             network: self.network,
             dir: dir.path().to_owned(),

@@ -65,6 +65,10 @@ fn arguments(machine: &Machine, config: PathBuf) -> Vec<OsString> {
     if let Some(image) = &machine.image {
         arguments.pair("-initrd", image);
     }
+    if let Some(store) = &machine.store {
+        arguments.pair("-drive", option("if=none,id=images,format=raw,readonly=on,file=", store, ""));
+        arguments.pair("-device", "virtio-blk-pci,drive=images");
+    }
     arguments.pair("-chardev", option("file,id=serial,path=", &machine.serial_log_path(), ""));
     arguments.pair("-serial", "chardev:serial");
     arguments.pair("-chardev", option("socket,id=qmp,path=", &machine.qmp_socket, ",server=on,wait=off"));
@@ -110,6 +114,7 @@ mod tests {
             cores: 1,
             kernel: "/s/kernel".into(),
             image: Some("/s/minimal.tar".into()),
+            store: None,
             command_line: "token=00ff ip=dhcp".into(),
             network: Network::User { port: 0 },
             dir: "/s/a,b".into(),
@@ -132,6 +137,15 @@ mod tests {
         assert!(!line(&machine).contains("00ff"));
         assert!(line(&machine).contains("-readconfig /s/conf"));
         assert_eq!(config_file("").unwrap(), "");
+    }
+
+    #[test]
+    fn a_store_of_images_is_a_disk_that_cannot_be_written() {
+        let mut machine = machine();
+        assert!(!line(&machine).contains("virtio-blk"));
+        machine.store = Some("/s/images.tar".into());
+        let expected = "-drive if=none,id=images,format=raw,readonly=on,file=/s/images.tar -device virtio-blk-pci,drive=images";
+        assert!(line(&machine).contains(expected));
     }
 
     #[test]

@@ -4,6 +4,7 @@ pub(crate) mod cancel;
 pub(crate) mod connections;
 pub(crate) mod down;
 mod follow;
+pub(crate) mod image;
 mod interrupt;
 pub(crate) mod jobs;
 pub(crate) mod logs;

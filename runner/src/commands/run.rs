@@ -171,6 +171,7 @@ fn node(options: &Run, interrupt: &Interrupt, progress: &Progress) -> Result<Tar
         port: 0,
         name: DEFAULT_NODE.to_owned(),
         image: None,
+        store: None,
         token: options.node.token.clone(),
         no_auth: false,
         quiet: options.quiet,

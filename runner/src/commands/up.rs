@@ -51,8 +51,14 @@ pub(super) fn start(options: &Up, interrupt: &Interrupt, progress: &Progress) ->
         Some(token) => Some(token.clone()),
         None => Some(random::hex(32)),
     };
-    let start =
-        Options { bed, memory_mib: options.memory, port: options.port, image: options.image.clone(), token };
+    let start = Options {
+        bed,
+        memory_mib: options.memory,
+        port: options.port,
+        image: options.image.clone(),
+        store: options.store.clone(),
+        token,
+    };
     let interrupted = || interrupt.exit_code().is_some();
     let phase = |phase: &str| progress.phase(phase);
     Ok((local::start(&dir, &options.name, &start, interrupted, phase)?, false))
