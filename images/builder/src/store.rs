@@ -5,12 +5,13 @@
 //! no room for a second store, an interrupted removal loses the images behind the removed one.
 
 use std::fs::{self, File};
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
-use gpt::disk::LogicalBlockSize;
+use anyhow::{Context, Error, Result, bail};
+use nestling_storage::partitions;
+use nestling_storage::source::Source;
 
 use crate::bundle::{BLOCK, END, Found, Window, find, verify};
 
@@ -142,7 +143,7 @@ impl Store {
             file.lock()?;
         }
         let len = file.seek(SeekFrom::End(0))?;
-        match partition(&mut file)? {
+        match partition(&file, len)? {
             Some((base, len)) => Ok(Self { file, base, room: Some(len) }),
             None => Ok(Self { file, base: 0, room: is_device.then_some(len) }),
         }
@@ -234,20 +235,29 @@ fn copy(from: &File, mut at: u64, to: &File, mut place: u64, len: u64) -> Result
 }
 
 /// Place and length of the partition of images, if this is a disk with partitions.
-fn partition(file: &mut File) -> Result<Option<(u64, u64)>> {
-    for size in [LogicalBlockSize::Lb512, LogicalBlockSize::Lb4096] {
-        let mut signature = [0; 8];
-        file.seek(SeekFrom::Start(size.as_u64()))?;
-        if file.read(&mut signature)? != 8 || signature != *b"EFI PART" {
-            continue;
-        }
-        let config = gpt::GptConfig::new().writable(false).logical_block_size(size);
-        let disk = config.open_from_device(&mut *file).context("the table of partitions (GPT) is damaged")?;
-        let found = disk.partitions().values().find(|partition| partition.name == PARTITION);
-        let found = found.with_context(|| format!("the disk has no partition named {PARTITION}"))?;
-        return Ok(Some((found.bytes_start(size)?, found.bytes_len(size)?)));
+fn partition(file: &File, len: u64) -> Result<Option<(u64, u64)>> {
+    let Some(partitions) = partitions::read(&mut Disk { file, len }).map_err(Error::msg)? else {
+        return Ok(None);
+    };
+    let found = partitions.iter().find(|partition| partition.name == PARTITION);
+    let found = found.with_context(|| format!("the disk has no partition named {PARTITION}"))?;
+    Ok(Some((found.at, found.bytes)))
+}
+
+/// A file, as the node's own reader of partition tables wants it.
+struct Disk<'a> {
+    file: &'a File,
+    len: u64,
+}
+
+impl Source for Disk<'_> {
+    fn bytes(&self) -> u64 {
+        self.len
     }
-    Ok(None)
+
+    fn read(&mut self, at: u64, into: &mut [u8]) -> Result<(), String> {
+        self.file.read_exact_at(into, at).map_err(|error| error.to_string())
+    }
 }
 
 #[cfg(test)]
@@ -330,7 +340,7 @@ mod tests {
         disk(&path, 64);
         let part = folder.path().join("partition");
         exercise(&path, folder.path(), || {
-            let (base, len) = partition(&mut File::open(&path).unwrap()).unwrap().unwrap();
+            let (base, len) = partition(&File::open(&path).unwrap(), 64 << 20).unwrap().unwrap();
             let to = File::create(&part).unwrap();
             copy(&File::open(&path).unwrap(), base, &to, 0, len).unwrap();
             tar(&part)
