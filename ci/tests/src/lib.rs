@@ -2,6 +2,7 @@
 //! guests that are no Linux ([`guest`], and [`bare`] for those of the conformance tests, in `tests/conformance`).
 
 pub mod bare;
+pub mod disk;
 pub mod guest;
 pub mod http;
 pub mod job;

@@ -39,7 +39,7 @@ struct Stamp {
     rustc: String,
 }
 
-const STAMP_VERSION: u32 = 1;
+const STAMP_VERSION: u32 = 2;
 
 /// Something that must be there, and the Debian packages that bring it.
 struct Tool {
@@ -64,10 +64,11 @@ impl Tool {
 }
 
 /// What everything needs.
-const TOOLS: [Tool; 3] = [
+const TOOLS: [Tool; 4] = [
     Tool::new("qemu-system-x86_64", "qemu-system-x86"),
     Tool::new("dpkg-deb", "dpkg"),
     Tool::new("cc", "gcc libc6-dev"),
+    Tool::new("/sbin/mke2fs", "e2fsprogs"),
 ];
 
 /// What the bed Bochs needs, and what makes the disk it boots from.

@@ -3,6 +3,7 @@
 //! The expectations stand here once. That each bed meets them is what makes the beds equal. One node serves all tests: in Bochs a boot takes
 //! longer than they do.
 
+mod disk;
 mod job;
 mod smoke;
 
@@ -19,6 +20,7 @@ static NODE: Shared = Shared::new(builder);
 fn builder() -> BedBuilder {
     let minimal = nestling::image::find(None).unwrap_or_else(|error| panic!("{error}"));
     let images = bundle(&bundle_path(), &minimal, &smoke::guests());
+    let images = nestling_tests::disk::bundle(&images, &images, &nestling_tests::disk::file_system(8, 2), 16);
     // Bochs 2.7's phenom offers POPCNT and refuses to execute it: Linux must not believe it there, nested or not.
     if bed_kind() == (BedKind::Bochs { model: "phenom_8650_toliman".to_owned() }) {
         add_to_command_line(&images, "clearcpuid=151");
