@@ -75,6 +75,7 @@ fn run_on<B: Backend>(
         None
     });
     let mut storage = Storage::new(disk, &mut frames);
+    storage.find_scratch(&mut frames);
     let images = service::find_images(&boot.modules, &mut storage, &mut frames);
     let mut random = RandomSource::gather(&nic.mac());
     let entropy = Box::new(random.fork());

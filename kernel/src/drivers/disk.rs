@@ -34,6 +34,15 @@ pub trait Disk {
     /// Gives the buffer back when too many accesses are under way.
     fn read(&mut self, at: u64, length: usize, buffer: Buffer, tag: usize) -> Result<(), Buffer>;
 
+    /// Whether it takes no writes.
+    fn is_read_only(&self) -> bool;
+
+    /// Starts to write the first `length` bytes of `buffer`.
+    ///
+    /// # Errors
+    /// Gives the buffer back when too many accesses are under way.
+    fn write(&mut self, at: u64, length: usize, buffer: Buffer, tag: usize) -> Result<(), Buffer>;
+
     /// The next access that has ended, or has waited for too long at `now` (nanoseconds since boot).
     fn completed(&mut self, now: u64) -> Option<Completion>;
 

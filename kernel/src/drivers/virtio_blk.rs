@@ -33,9 +33,16 @@ struct Frame {
     response: BlkResp,
 }
 
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Direction {
+    Read,
+    Write,
+}
+
 /// An access under way.
 struct Flight {
     tag: usize,
+    direction: Direction,
     frame: Box<Frame>,
     buffer: Buffer,
     length: usize,
@@ -111,8 +118,13 @@ impl VirtioBlk {
         };
         let Frame { request, response } = &mut *flight.frame;
         let part = flight.buffer.get_mut(..flight.length).unwrap_or_default();
-        // SAFETY: these are the buffers read_blocks_nb returned this token for.
-        let outcome = match unsafe { self.raw.complete_read_blocks(token, request, part, response) } {
+        let completed = match flight.direction {
+            // SAFETY: these are the buffers read_blocks_nb returned this token for.
+            Direction::Read => unsafe { self.raw.complete_read_blocks(token, request, part, response) },
+            // SAFETY: these are the buffers write_blocks_nb returned this token for.
+            Direction::Write => unsafe { self.raw.complete_write_blocks(token, request, part, response) },
+        };
+        let outcome = match completed {
             Ok(()) => Ok(()),
             Err(virtio_drivers::Error::IoError | virtio_drivers::Error::Unsupported) => {
                 Err(alloc::format!("the disk answered {:?}", response.status()))
@@ -128,18 +140,15 @@ impl VirtioBlk {
         }
         true
     }
-}
 
-impl Disk for VirtioBlk {
-    fn driver(&self) -> &'static str {
-        "virtio-blk"
-    }
-
-    fn bytes(&self) -> u64 {
-        self.bytes
-    }
-
-    fn read(&mut self, at: u64, length: usize, buffer: Buffer, tag: usize) -> Result<(), Buffer> {
+    fn start(
+        &mut self,
+        direction: Direction,
+        at: u64,
+        length: usize,
+        buffer: Buffer,
+        tag: usize,
+    ) -> Result<(), Buffer> {
         let whole = at.is_multiple_of(SECTOR_SIZE as u64) && length.is_multiple_of(SECTOR_SIZE) && length > 0;
         let inside =
             at.checked_add(length as u64).is_some_and(|end| end <= self.bytes) && length <= buffer.len();
@@ -156,11 +165,16 @@ impl Disk for VirtioBlk {
         let Frame { request, response } = &mut *frame;
         let part = buffer.get_mut(..length).unwrap_or_default();
         let sector = (at / SECTOR_SIZE as u64) as usize;
-        // SAFETY: frame and buffer are kept in `flights`, untouched, until the device returns the token, or for ever.
-        match unsafe { self.raw.read_blocks_nb(sector, request, part, response) } {
+        let started = match direction {
+            // SAFETY: frame and buffer are kept in `flights`, untouched, until the device returns the token, or for ever.
+            Direction::Read => unsafe { self.raw.read_blocks_nb(sector, request, part, response) },
+            // SAFETY: as above.
+            Direction::Write => unsafe { self.raw.write_blocks_nb(sector, request, part, response) },
+        };
+        match started {
             Ok(token) => {
                 let deadline = clock::now_ns().saturating_add(TIMEOUT_NS);
-                let flight = Flight { tag, frame, buffer, length, deadline, given_up: false };
+                let flight = Flight { tag, direction, frame, buffer, length, deadline, given_up: false };
                 match self.flights.get_mut(usize::from(token)) {
                     Some(place) if place.is_none() => *place = Some(flight),
                     _ => {
@@ -177,6 +191,28 @@ impl Disk for VirtioBlk {
             }
             Err(_) => Err(buffer),
         }
+    }
+}
+
+impl Disk for VirtioBlk {
+    fn driver(&self) -> &'static str {
+        "virtio-blk"
+    }
+
+    fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    fn is_read_only(&self) -> bool {
+        self.raw.readonly()
+    }
+
+    fn read(&mut self, at: u64, length: usize, buffer: Buffer, tag: usize) -> Result<(), Buffer> {
+        self.start(Direction::Read, at, length, buffer, tag)
+    }
+
+    fn write(&mut self, at: u64, length: usize, buffer: Buffer, tag: usize) -> Result<(), Buffer> {
+        self.start(Direction::Write, at, length, buffer, tag)
     }
 
     fn completed(&mut self, now: u64) -> Option<Completion> {

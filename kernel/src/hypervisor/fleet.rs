@@ -117,7 +117,7 @@ impl<B: Backend> Fleet<B> {
         };
         self.past_exits.add(&remains.exits);
         self.past_accesses += accesses(&machine);
-        machine.free(&self.node.pool);
+        machine.free(self.node);
         Some(remains)
     }
 
@@ -181,13 +181,19 @@ impl<B: Backend> Fleet<B> {
 
     /// Whether a machine of this size can be made now, with what others may still touch set aside for them.
     pub fn fits(&self, size: &Size) -> bool {
-        let promised: u64 = self.machines.iter().map(|(_, machine)| frames_needed(&machine.size)).sum();
-        promised + frames_needed(size) <= self.frames().1 as u64
+        let sizes = || self.machines.iter().map(|(_, machine)| &machine.size).chain([size]);
+        sizes().map(frames_needed).sum::<u64>() <= self.frames().1 as u64
+            && sizes().map(scratch_needed).sum::<u64>() <= self.scratch_bytes()
     }
 
     /// Whether a machine of this size can be made when nothing else runs.
     pub fn ever_fits(&self, size: &Size) -> bool {
-        frames_needed(size) <= self.frames().1 as u64
+        frames_needed(size) <= self.frames().1 as u64 && scratch_needed(size) <= self.scratch_bytes()
+    }
+
+    /// The scratch partition's size; zero without one.
+    pub fn scratch_bytes(&self) -> u64 {
+        self.node.scratch_bytes
     }
 
     /// The backend's optional features.
@@ -214,6 +220,11 @@ fn exits<B: Backend>(machine: &Machine<B>) -> ExitCounts {
 
 fn accesses<B: Backend>(machine: &Machine<B>) -> u64 {
     machine.vcpus.iter().map(VcpuCell::accesses).sum()
+}
+
+/// Room on the scratch partition that a machine may need.
+fn scratch_needed(size: &Size) -> u64 {
+    size.disk.map_or(0, |disk| disk.scratch_bytes)
 }
 
 /// Frames of 4 KiB behind a machine at its largest: its RAM, what it may change on its disk, and one large frame split for its nested page tables.

@@ -121,6 +121,8 @@ pub struct DiskSize {
     pub bytes: u64,
     /// The most memory for what the machine changes, in bytes.
     pub overlay_bytes: u64,
+    /// The most room on the scratch partition for what does not fit there, in bytes.
+    pub scratch_bytes: u64,
 }
 
 /// A machine.
@@ -191,7 +193,8 @@ impl<B: Backend> Machine<B> {
                     queues: u16::try_from(vcpu_count).unwrap_or(u16::MAX),
                 }),
             }),
-            volume: disk.map(|disk| Volume::new(disk.base, disk.bytes, disk.overlay_bytes)),
+            volume: disk
+                .map(|disk| Volume::new(node.next_volume(), disk.base, disk.bytes, disk.overlay_bytes)),
             config_space: ConfigSpace::new(),
             seen: Progress { vsock: (VsockState::Listening, 0, 0) },
         };
@@ -212,7 +215,7 @@ impl<B: Backend> Machine<B> {
         if machine.map_backed(pool) && machine.map_config_space(pool) {
             Ok(machine)
         } else {
-            machine.free(pool);
+            machine.free(node);
             Err(CreateError::OutOfFrames)
         }
     }
@@ -229,14 +232,16 @@ impl<B: Backend> Machine<B> {
     }
 
     /// Gives every frame back. No core has any of its vCPUs.
-    pub fn free(self, pool: &FramePool) {
+    pub fn free(self, node: &Node<B>) {
+        let pool = &node.pool;
         drop(self.vcpus);
         self.nested.into_inner().free(pool);
         let Devices { config_space, volume, .. } = self.devices.into_inner();
         config_space.free(pool);
         self.ram.free(pool);
-        for slab in volume.into_iter().flat_map(Volume::into_slabs) {
-            pool.free_large(slab.into_frame());
+        if let Some(volume) = volume {
+            let slabs = volume.into_slabs(&mut node.storage.lock().backing);
+            slabs.for_each(|slab| pool.free_large(slab.into_frame()));
         }
     }
 
@@ -296,10 +301,17 @@ impl<B: Backend> Machine<B> {
     /// Lets the devices do a piece of their work.
     fn work(&self, platform: &mut Platform, mut volume: Option<&mut Volume<PrivateFrame>>, node: &Node<B>) {
         let mut storage = node.storage.lock();
-        let mut disk = MachineDisk { volume: volume.as_deref_mut(), cache: &mut storage.cache };
-        let mut host = Host { entropy: &mut **node.entropy.lock(), disk: &mut disk };
-        platform.poll(&mut self.memory(node), &mut host);
-        drop(host);
+        if let Some(volume) = volume.as_deref_mut() {
+            volume.spill(&mut storage.backing);
+        }
+        let mut disk = MachineDisk { volume: volume.as_deref_mut(), backing: &mut storage.backing };
+        {
+            let mut entropy = node.entropy.lock();
+            platform.poll(&mut self.memory(node), &mut Host { entropy: &mut **entropy, disk: &mut disk });
+        }
+        if volume.as_deref_mut().is_some_and(|volume| volume.spill(&mut storage.backing)) {
+            platform.wake_disk();
+        }
         node.poll_storage(&mut storage);
         let Some(volume) = volume else { return };
         if volume.wants_slab() {

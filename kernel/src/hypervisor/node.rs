@@ -6,7 +6,7 @@ use crate::memory::frames::FramePool;
 use crate::storage::Storage;
 use alloc::boxed::Box;
 use alloc::vec::Vec;
-use core::sync::atomic::{AtomicBool, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use nestling_machine::platform::Entropy;
 use spin::Mutex;
 
@@ -26,6 +26,10 @@ pub struct Node<B: Backend> {
     pub storage: Mutex<Storage>,
     /// Whether there is one.
     has_disk: bool,
+    /// The size of its scratch partition; zero without one.
+    pub scratch_bytes: u64,
+    /// The number of the next volume.
+    next_volume: AtomicU64,
     /// Something has arrived from it that machines may wait for.
     has_arrived: AtomicBool,
     /// Randomness for guests' entropy devices.
@@ -50,12 +54,19 @@ impl<B: Backend> Node<B> {
             backend,
             pool,
             has_disk: storage.has_disk(),
+            scratch_bytes: storage.scratch_bytes(),
+            next_volume: AtomicU64::new(0),
             storage: Mutex::new(storage),
             has_arrived: AtomicBool::new(false),
             entropy: Mutex::new(entropy),
             cores,
             service_wanted: AtomicBool::new(false),
         }
+    }
+
+    /// A number that no other volume of this node has had.
+    pub fn next_volume(&self) -> u64 {
+        self.next_volume.fetch_add(1, Ordering::Relaxed)
     }
 
     /// Takes what the node's disk has done, and gives it more to do. Cheap when there is no disk.

@@ -29,12 +29,18 @@ const OVERLAY_LEAST_BYTES: u64 = 16 * MIB;
 /// file systems, so that a file system is full before the memory set aside for it is.
 fn disk_size<B: Backend>(fleet: &Fleet<B>, memory_mib: u32, spec: &DiskSpec) -> Result<DiskSize, String> {
     let free_bytes = u64::from(spec.free_mib) * MIB;
-    let size =
-        |overlay_bytes| DiskSize { base: spec.base, bytes: spec.base.bytes() + free_bytes, overlay_bytes };
+    let change_bytes = free_bytes + free_bytes / 10 + OVERLAY_LEAST_BYTES;
+    let has_scratch = fleet.scratch_bytes() > 0;
+    let size = |overlay_bytes| DiskSize {
+        base: spec.base,
+        bytes: spec.base.bytes() + free_bytes,
+        overlay_bytes,
+        scratch_bytes: if has_scratch { change_bytes.saturating_sub(overlay_bytes) } else { 0 },
+    };
     let fits =
         |overlay_bytes| fleet.ever_fits(&Size { memory_mib, vcpu_count: 1, disk: Some(size(overlay_bytes)) });
-    let mut overlay_bytes = free_bytes + free_bytes / 10 + OVERLAY_LEAST_BYTES;
-    if !spec.asked_for {
+    let mut overlay_bytes = change_bytes;
+    if !spec.asked_for || has_scratch {
         overlay_bytes = overlay_bytes.min(fleet.frames().1 as u64 * SMALL_FRAME / OVERLAY_SHARE);
         while overlay_bytes > OVERLAY_LEAST_BYTES && !fits(overlay_bytes) {
             overlay_bytes = (overlay_bytes / 2).max(OVERLAY_LEAST_BYTES);

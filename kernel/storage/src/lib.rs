@@ -4,7 +4,7 @@
 //! fetched and [`volume`] wants added, and calls again.
 //!
 //! [`volume`] is the disk a machine sees: a read-only base, from memory or through [`cache`], under an [`overlay`] of what the machine
-//! has written. [`partitions`] and [`archive`] find images on the node's disk.
+//! has written, part of which may be on the [`scratch`] partition. [`partitions`] and [`archive`] find images on the node's disk.
 
 #![no_std]
 #![forbid(unsafe_code)]
@@ -14,9 +14,11 @@ extern crate alloc;
 extern crate std;
 
 pub mod archive;
+pub mod backing;
 pub mod cache;
 pub mod overlay;
 pub mod partitions;
+pub mod scratch;
 pub mod source;
 pub mod volume;
 

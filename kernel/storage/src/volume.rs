@@ -3,11 +3,15 @@
 //! Nothing waits here. What is not at hand is asked of the cache, and memory that is missing is asked of the kernel by
 //! [`Volume::wants_slab`]; the machine's device then tries again.
 
-use crate::cache::{BlockCache, Lookup};
-use crate::overlay::{BLOCKS_PER_TABLE, Overlay, Place, SLOTS_PER_SLAB, Shortage, Slot};
-use crate::{BLOCK_BYTES, SECTOR_BYTES};
+mod spill;
+
+use crate::BLOCK_BYTES;
+use crate::backing::Backing;
+use crate::cache::Lookup;
+use crate::overlay::{BLOCKS_PER_TABLE, Overlay, Place, Shortage, Slot};
 use alloc::format;
 use alloc::string::String;
+use spill::Spill;
 
 const BLOCK: u64 = BLOCK_BYTES as u64;
 /// The most blocks whose entries are changed by one call of [`Volume::discard`] or [`Volume::write_zeroes`].
@@ -57,6 +61,7 @@ pub struct Volume<S> {
     overlay: Overlay<S>,
     wants_slab: bool,
     out_of_memory: bool,
+    spill: Spill,
     /// A write has failed for want of room.
     refused: bool,
     fault: Option<String>,
@@ -78,9 +83,9 @@ impl From<Obstacle> for Progress {
 }
 
 impl<S: AsRef<[u8]> + AsMut<[u8]>> Volume<S> {
-    /// A disk of `bytes` over `base`, of which at most `overlay_bytes` of memory hold changes.
+    /// A disk of `bytes` over `base`, of which at most `overlay_bytes` of memory hold changes. `id` tells it from others on the scratch partition.
     #[must_use]
-    pub fn new(base: Base, bytes: u64, overlay_bytes: u64) -> Self {
+    pub fn new(id: u64, base: Base, bytes: u64, overlay_bytes: u64) -> Self {
         let limit = u32::try_from(overlay_bytes / BLOCK).unwrap_or(u32::MAX);
         Self {
             base,
@@ -88,6 +93,7 @@ impl<S: AsRef<[u8]> + AsMut<[u8]>> Volume<S> {
             overlay: Overlay::new(bytes.div_ceil(BLOCK), limit),
             wants_slab: false,
             out_of_memory: false,
+            spill: Spill::new(id),
             refused: false,
             fault: None,
         }
@@ -126,8 +132,9 @@ impl<S: AsRef<[u8]> + AsMut<[u8]>> Volume<S> {
         }
     }
 
-    /// All memory it had.
-    pub fn into_slabs(self) -> impl Iterator<Item = S> {
+    /// Ends it: its places on the scratch partition are free again. Returns all memory it had.
+    pub fn into_slabs(mut self, backing: &mut Backing) -> impl Iterator<Item = S> + use<S> {
+        self.leave_scratch(backing);
         self.overlay.into_slabs()
     }
 
@@ -141,11 +148,15 @@ impl<S: AsRef<[u8]> + AsMut<[u8]>> Volume<S> {
     #[must_use]
     pub fn problem(&self) -> Option<String> {
         let mib = |bytes: u64| bytes.div_ceil(1 << 20);
-        let written = mib(self.used_bytes());
+        let written = mib(self.used_bytes() + self.spill.bytes());
         if !self.refused {
             return None;
         }
-        Some(if self.out_of_memory {
+        Some(if self.spill.is_full() {
+            format!(
+                "overlay full: {written} MiB written; memory for it and the node's scratch partition are used up"
+            )
+        } else if self.out_of_memory {
             format!("overlay full: {written} MiB written; the node has no memory left for more")
         } else {
             let limit = mib(u64::from(self.overlay.limit()) * BLOCK);
@@ -156,9 +167,13 @@ impl<S: AsRef<[u8]> + AsMut<[u8]>> Volume<S> {
         })
     }
 
-    fn short(&mut self, shortage: Shortage) -> Obstacle {
+    fn short(&mut self, shortage: Shortage, backing: &Backing) -> Obstacle {
         if shortage == Shortage::Slab && !self.out_of_memory {
             self.wants_slab = true;
+            return Obstacle::Wait;
+        }
+        if backing.scratch.is_some() && !self.spill.is_full() {
+            self.spill.want();
             return Obstacle::Wait;
         }
         self.refused = true;
@@ -168,14 +183,14 @@ impl<S: AsRef<[u8]> + AsMut<[u8]>> Volume<S> {
     /// Hands the bytes from `at` on to `take`: all of `length`, or as many as are at hand. Behind the disk's end are zeros.
     pub fn read(
         &mut self,
-        cache: &mut BlockCache,
+        backing: &mut Backing,
         at: u64,
         length: u64,
         take: &mut dyn FnMut(&[u8]),
     ) -> Progress {
         let mut done = 0;
         while done < length {
-            match self.read_part(cache, at.saturating_add(done), length - done, take) {
+            match self.read_part(backing, at.saturating_add(done), length - done, take) {
                 Ok(bytes) => done += bytes,
                 Err(_) if done > 0 => break,
                 Err(obstacle) => return obstacle.into(),
@@ -186,7 +201,7 @@ impl<S: AsRef<[u8]> + AsMut<[u8]>> Volume<S> {
 
     fn read_part(
         &mut self,
-        cache: &mut BlockCache,
+        backing: &mut Backing,
         at: u64,
         length: u64,
         take: &mut dyn FnMut(&[u8]),
@@ -207,10 +222,14 @@ impl<S: AsRef<[u8]> + AsMut<[u8]>> Volume<S> {
             }
             Place::Base => {
                 let blocks = self.run_of_base(block, (offset + length).div_ceil(BLOCK));
-                self.read_base(cache, at, (blocks * BLOCK - offset).min(length), take)
+                self.read_base(backing, at, (blocks * BLOCK - offset).min(length), take)
             }
-            // No scratch partition is in use.
-            Place::Scratch(_) => Err(Obstacle::Failed),
+            Place::Scratch(number) => {
+                let blocks = self.run_on_scratch(block, number, (offset + length).div_ceil(BLOCK));
+                let at = backing.scratch.as_ref().map_or(u64::MAX, |scratch| scratch.position(number));
+                let length = (blocks * BLOCK - offset).min(length);
+                self.read_disk(backing, at.saturating_add(offset), length, take)
+            }
         }
     }
 
@@ -226,6 +245,18 @@ impl<S: AsRef<[u8]> + AsMut<[u8]>> Volume<S> {
         blocks
     }
 
+    /// How many blocks from `block` on, at most `most`, lie behind each other on the scratch partition from block `number` of it on.
+    fn run_on_scratch(&self, block: u64, number: u32, most: u64) -> u64 {
+        let mut blocks = 1;
+        while blocks < most
+            && let Some(next) = number.checked_add(blocks as u32)
+            && self.overlay.place(block.saturating_add(blocks)) == Place::Scratch(next)
+        {
+            blocks += 1;
+        }
+        blocks
+    }
+
     /// How many blocks from `block` on, at most `most`, were not changed.
     fn run_of_base(&self, block: u64, most: u64) -> u64 {
         let mut blocks = 1;
@@ -237,7 +268,7 @@ impl<S: AsRef<[u8]> + AsMut<[u8]>> Volume<S> {
 
     fn read_base(
         &mut self,
-        cache: &mut BlockCache,
+        backing: &mut Backing,
         at: u64,
         length: u64,
         take: &mut dyn FnMut(&[u8]),
@@ -254,31 +285,41 @@ impl<S: AsRef<[u8]> + AsMut<[u8]>> Volume<S> {
                 take(part);
                 Ok(inside)
             }
-            Base::Disk { at: start, .. } => match cache.read(start.saturating_add(at), inside) {
-                Lookup::Hit(bytes) => {
-                    take(bytes);
-                    Ok(bytes.len() as u64)
-                }
-                Lookup::Miss => Err(Obstacle::Wait),
-                Lookup::Failed(reason) => {
-                    self.fault.get_or_insert(reason);
-                    Err(Obstacle::Failed)
-                }
-            },
+            Base::Disk { at: start, .. } => self.read_disk(backing, start.saturating_add(at), inside, take),
+        }
+    }
+
+    fn read_disk(
+        &mut self,
+        backing: &mut Backing,
+        at: u64,
+        length: u64,
+        take: &mut dyn FnMut(&[u8]),
+    ) -> Result<u64, Obstacle> {
+        match backing.cache.read(at, length) {
+            Lookup::Hit(bytes) => {
+                take(bytes);
+                Ok(bytes.len() as u64)
+            }
+            Lookup::Miss => Err(Obstacle::Wait),
+            Lookup::Failed(reason) => {
+                self.fault.get_or_insert(reason);
+                Err(Obstacle::Failed)
+            }
         }
     }
 
     /// Lets `give` fill the bytes from `at` on: all of `length`, or as many as there is room for now.
     pub fn write(
         &mut self,
-        cache: &mut BlockCache,
+        backing: &mut Backing,
         at: u64,
         length: u64,
         give: &mut dyn FnMut(&mut [u8]),
     ) -> Progress {
         let mut done = 0;
         while done < length {
-            match self.write_part(cache, at.saturating_add(done), length - done, give) {
+            match self.write_part(backing, at.saturating_add(done), length - done, give) {
                 Ok(bytes) => done += bytes,
                 Err(_) if done > 0 => break,
                 Err(obstacle) => return obstacle.into(),
@@ -289,18 +330,18 @@ impl<S: AsRef<[u8]> + AsMut<[u8]>> Volume<S> {
 
     fn write_part(
         &mut self,
-        cache: &mut BlockCache,
+        backing: &mut Backing,
         at: u64,
         length: u64,
         give: &mut dyn FnMut(&mut [u8]),
     ) -> Result<u64, Obstacle> {
         let (block, offset) = (at / BLOCK, at % BLOCK);
         if offset == 0 && length >= BLOCK {
-            let slot = self.slot_to_overwrite(block)?;
+            let slot = self.slot_to_overwrite(backing, block)?;
             let (mut blocks, mut last) = (1, slot);
             while blocks < length / BLOCK
                 && let Some(next) = last.next()
-                && self.overwrites_in(block.saturating_add(blocks), next)
+                && self.overwrites_in(backing, block.saturating_add(blocks), next)
             {
                 (blocks, last) = (blocks + 1, next);
             }
@@ -308,7 +349,7 @@ impl<S: AsRef<[u8]> + AsMut<[u8]>> Volume<S> {
             return Ok(blocks * BLOCK);
         }
         let bytes = (BLOCK - offset).min(length);
-        let slot = self.slot_to_change(cache, block)?;
+        let slot = self.slot_to_change(backing, block)?;
         give(
             self.overlay
                 .pages_mut(slot, 1)
@@ -319,24 +360,40 @@ impl<S: AsRef<[u8]> + AsMut<[u8]>> Volume<S> {
     }
 
     /// A slot for the whole of a block, whose old content is lost.
-    fn slot_to_overwrite(&mut self, block: u64) -> Result<Slot, Obstacle> {
+    fn slot_to_overwrite(&mut self, backing: &mut Backing, block: u64) -> Result<Slot, Obstacle> {
         if let Place::Memory(slot) = self.overlay.place(block) {
+            self.spill.changed(block);
             return Ok(slot);
         }
         let slot = self.overlay.prepare(block).and_then(|()| self.overlay.allocate());
-        let slot = slot.map_err(|shortage| self.short(shortage))?;
-        self.overlay.set(block, Place::Memory(slot));
+        let slot = slot.map_err(|shortage| self.short(shortage, backing))?;
+        self.set(backing, block, Place::Memory(slot));
         Ok(slot)
     }
 
+    /// Changes where a block's content is.
+    fn set(&mut self, backing: &mut Backing, block: u64, place: Place) {
+        self.spill.changed(block);
+        if let Place::Scratch(number) = self.overlay.place(block) {
+            self.spill.left(1);
+            if let Some(scratch) = &mut backing.scratch {
+                scratch.release(number);
+            }
+        }
+        self.overlay.set(block, place);
+    }
+
     /// Whether a block is, or can be put, in this very slot, so that one copy fills several blocks.
-    fn overwrites_in(&mut self, block: u64, slot: Slot) -> bool {
+    fn overwrites_in(&mut self, backing: &mut Backing, block: u64, slot: Slot) -> bool {
         match self.overlay.place(block) {
-            Place::Memory(place) => place == slot,
+            Place::Memory(place) => {
+                self.spill.changed(block);
+                place == slot
+            }
             _ if !self.overlay.has_table(block) => false,
             _ => match self.overlay.allocate() {
                 Ok(free) if free == slot => {
-                    self.overlay.set(block, Place::Memory(slot));
+                    self.set(backing, block, Place::Memory(slot));
                     true
                 }
                 Ok(free) => {
@@ -349,23 +406,24 @@ impl<S: AsRef<[u8]> + AsMut<[u8]>> Volume<S> {
     }
 
     /// A slot with a block's content.
-    fn slot_to_change(&mut self, cache: &mut BlockCache, block: u64) -> Result<Slot, Obstacle> {
+    fn slot_to_change(&mut self, backing: &mut Backing, block: u64) -> Result<Slot, Obstacle> {
         let place = self.overlay.place(block);
         if let Place::Memory(slot) = place {
+            self.spill.changed(block);
             return Ok(slot);
         }
         let mut content = [0; BLOCK_BYTES];
-        if place == Place::Base {
-            self.copy_base(cache, block, &mut content)?;
+        if place != Place::Zero {
+            self.copy_block(backing, block, &mut content)?;
         }
-        let slot = self.slot_to_overwrite(block)?;
+        let slot = self.slot_to_overwrite(backing, block)?;
         self.overlay.pages_mut(slot, 1).copy_from_slice(&content);
         Ok(slot)
     }
 
-    fn copy_base(
+    fn copy_block(
         &mut self,
-        cache: &mut BlockCache,
+        backing: &mut Backing,
         block: u64,
         content: &mut [u8; BLOCK_BYTES],
     ) -> Result<(), Obstacle> {
@@ -373,7 +431,7 @@ impl<S: AsRef<[u8]> + AsMut<[u8]>> Volume<S> {
         while done < BLOCK_BYTES {
             let at = block.saturating_mul(BLOCK).saturating_add(done as u64);
             let mut copied = 0;
-            self.read_base(cache, at, (BLOCK_BYTES - done) as u64, &mut |bytes| {
+            self.read_part(backing, at, (BLOCK_BYTES - done) as u64, &mut |bytes| {
                 if let Some(place) = content.get_mut(done + copied..done + copied + bytes.len()) {
                     place.copy_from_slice(bytes);
                 }
@@ -385,14 +443,14 @@ impl<S: AsRef<[u8]> + AsMut<[u8]>> Volume<S> {
     }
 
     /// The guest no longer needs the range. Whole blocks of it read as the base again.
-    pub fn discard(&mut self, at: u64, length: u64) -> Progress {
+    pub fn discard(&mut self, backing: &mut Backing, at: u64, length: u64) -> Progress {
         let first = at.div_ceil(BLOCK);
         let last = at.saturating_add(length) / BLOCK;
         let end = last.min(first.saturating_add(CLEAR_BLOCKS_MAX));
         let mut block = first;
         while block < end {
             if self.overlay.has_table(block) {
-                self.overlay.set(block, Place::Base);
+                self.set(backing, block, Place::Base);
                 block += 1;
             } else {
                 block = (block / BLOCKS_PER_TABLE + 1) * BLOCKS_PER_TABLE;
@@ -403,11 +461,11 @@ impl<S: AsRef<[u8]> + AsMut<[u8]>> Volume<S> {
     }
 
     /// Makes the range read as zeros.
-    pub fn write_zeroes(&mut self, cache: &mut BlockCache, at: u64, length: u64) -> Progress {
+    pub fn write_zeroes(&mut self, backing: &mut Backing, at: u64, length: u64) -> Progress {
         let mut done = 0;
         let mut blocks = 0;
         while done < length && blocks < CLEAR_BLOCKS_MAX {
-            match self.zero_part(cache, at.saturating_add(done), length - done) {
+            match self.zero_part(backing, at.saturating_add(done), length - done) {
                 Ok(bytes) => done += bytes,
                 Err(_) if done > 0 => break,
                 Err(obstacle) => return obstacle.into(),
@@ -417,7 +475,7 @@ impl<S: AsRef<[u8]> + AsMut<[u8]>> Volume<S> {
         Progress::Done(done)
     }
 
-    fn zero_part(&mut self, cache: &mut BlockCache, at: u64, length: u64) -> Result<u64, Obstacle> {
+    fn zero_part(&mut self, backing: &mut Backing, at: u64, length: u64) -> Result<u64, Obstacle> {
         let (block, offset) = (at / BLOCK, at % BLOCK);
         let behind_base = block.saturating_mul(BLOCK) >= self.base.bytes();
         if behind_base && !self.overlay.has_table(block) {
@@ -427,15 +485,15 @@ impl<S: AsRef<[u8]> + AsMut<[u8]>> Volume<S> {
         }
         if offset == 0 && length >= BLOCK {
             if behind_base {
-                self.overlay.set(block, Place::Base);
+                self.set(backing, block, Place::Base);
             } else {
-                self.overlay.prepare(block).map_err(|shortage| self.short(shortage))?;
-                self.overlay.set(block, Place::Zero);
+                self.overlay.prepare(block).map_err(|shortage| self.short(shortage, backing))?;
+                self.set(backing, block, Place::Zero);
             }
             return Ok(BLOCK);
         }
         let bytes = (BLOCK - offset).min(length);
-        let slot = self.slot_to_change(cache, block)?;
+        let slot = self.slot_to_change(backing, block)?;
         let page = self.overlay.pages_mut(slot, 1);
         page.get_mut(offset as usize..(offset + bytes) as usize).unwrap_or_default().fill(0);
         Ok(bytes)
@@ -450,18 +508,6 @@ fn take_zeros(length: u64, take: &mut dyn FnMut(&[u8])) {
         take(ZEROS.get(..part as usize).unwrap_or_default());
         left -= part;
     }
-}
-
-/// Slabs that hold `bytes` of changes.
-#[must_use]
-pub const fn slabs_for(bytes: u64) -> u64 {
-    bytes.div_ceil(SLOTS_PER_SLAB as u64 * BLOCK)
-}
-
-/// A size in bytes as whole sectors.
-#[must_use]
-pub const fn whole_sectors(bytes: u64) -> u64 {
-    bytes / SECTOR_BYTES * SECTOR_BYTES
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use nestling::bed::{Bed, BedBuilder};
 use nestling::client::types::{Conclusion, Job, JobRequest, MachineConfig};
-use nestling_tests::disk::{NAME, SUMS, bundle, drive, file_system};
+use nestling_tests::disk::{NAME, SUMS, bundle, drive, file_system, partitioned, writable_drive};
 use nestling_tests::job::{create, job, run, wait};
 use nestling_tests::node::{Shared, memory, ready};
 use std::fs;
@@ -194,4 +194,41 @@ fn a_node_whose_disk_holds_no_store_says_so_and_takes_its_modules() {
     );
     assert_eq!(run(&node, &job("echo fine")).stdout, b"fine\n");
     fs::remove_file(path).unwrap();
+}
+
+#[test]
+fn changes_beyond_memory_go_to_the_scratch_partition_and_the_store_may_be_a_partition_too() {
+    let store = store("partition", &FILE_SYSTEM);
+    let disk = partitioned(&store.with_extension("img"), &store, 600);
+    fs::remove_file(store).unwrap();
+    // A node of 512 MiB keeps some 50 MiB of changes in memory.
+    let node = ready(Bed::builder().memory_mib(512).no_image().qemu_args(writable_drive(&disk)));
+    let before = memory(&node).free_frames;
+    let script = format!(
+        "mount -t ext4 /dev/vda /mnt
+         (cd /mnt; sha256sum -c {SUMS} > /dev/null)
+         umount /mnt
+         i=0
+         while [ $i -lt 40 ]; do
+             (echo $i; cat /dev/zero) | head -c 4194304 | dd of=/dev/vda bs=1M seek=$((48 + i * 4)) 2> /dev/null
+             i=$((i + 1))
+         done
+         sync
+         echo 3 > /proc/sys/vm/drop_caches
+         i=0
+         while [ $i -lt 40 ]; do
+             (echo $i; cat /dev/zero) | head -c 4194304 > /tmp/wanted
+             dd if=/dev/vda bs=1M skip=$((48 + i * 4)) count=4 2> /dev/null | cmp - /tmp/wanted
+             i=$((i + 1))
+         done
+         echo fine"
+    );
+    for _ in 0..2 {
+        let finished = run(&node, &with_space(&script, 256));
+        let error = String::from_utf8_lossy(&finished.stderr);
+        assert_eq!(finished.stdout, b"fine\n", "{:?}\n{error}", finished.job);
+        assert!(finished.job.memory.peak_mib.unwrap() < 400, "{:?}", finished.job.memory);
+        assert_eq!(memory(&node).free_frames, before);
+    }
+    fs::remove_file(disk).unwrap();
 }
