@@ -141,6 +141,7 @@ pub(crate) struct Down {
   nestling run -- uname -r
   nestling run -- sh -c 'uname -r; echo hi; exit 7'
   nestling run --env GREETING=hi --timeout 10m -- sh -c 'echo $GREETING; exit 7'
+  nestling run --workspace . --artifact target/report.xml --artifact 'dist/**' -- make test
   nestling run --egress '*.debian.org:80' --egress 192.0.2.7:22 -- ./fetch
   nestling run --egress none -- make test
   nestling run --memory 512 -- dd if=/dev/zero of=/dev/null bs=1M count=100
@@ -164,6 +165,16 @@ pub(crate) struct Run {
     /// Set a variable; without =VALUE it is taken from the environment
     #[arg(long, short, value_name = "NAME[=VALUE]")]
     pub(crate) env: Vec<String>,
+    /// Send this directory into the machine first; the command starts in it. What git ignores stays out, and so does .git
+    #[arg(long, value_name = "DIR")]
+    pub(crate) workspace: Option<PathBuf>,
+    /// Bring files out of the workspace after the command, whether it failed or not: a path or a glob (*, ?, [a-z], and **
+    /// for any directories), a directory for all in it; may be given again
+    #[arg(long, value_name = "GLOB", conflicts_with = "detach")]
+    pub(crate) artifact: Vec<String>,
+    /// Where those files go [default: the current directory]
+    #[arg(long, value_name = "DIR", requires = "artifact")]
+    pub(crate) artifact_dir: Option<PathBuf>,
     /// What the machine may reach: none, all, or a host (example.org), names below one (*.example.org), an address or a
     /// network (10.0.0.0/8), with or without a port (:443); rules may be given again [default: all]
     #[arg(long, value_name = "none|all|RULE")]

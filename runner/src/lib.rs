@@ -2,6 +2,7 @@
 //!
 //! The command `nestling` is built on it, and so are the workspace's booting tests, demo and benchmarks.
 
+pub mod artifacts;
 pub mod bed;
 pub mod client;
 pub mod duration;
@@ -11,3 +12,4 @@ pub mod local;
 pub mod random;
 pub mod ready;
 pub mod state;
+pub mod workspace;

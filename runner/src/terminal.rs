@@ -54,6 +54,28 @@ impl Progress {
         }
     }
 
+    /// Shows how far something of so many bytes is, until [`Progress::end_transfer`].
+    pub(crate) fn begin_transfer(&self, text: &str, bytes: u64) -> Transfer {
+        match &self.bar {
+            Some(bar) if !bar.is_finished() => {
+                bar.set_style(transfer());
+                bar.set_length(bytes);
+                bar.set_position(0);
+                bar.set_message(text.to_owned());
+            }
+            Some(_) => {}
+            None => self.say(text),
+        }
+        Transfer(self.bar.clone())
+    }
+
+    /// The transfer is over; phases are shown again.
+    pub(crate) fn end_transfer(&self) {
+        if let Some(bar) = &self.bar {
+            bar.set_style(spinner());
+        }
+    }
+
     /// Writes a line that stays.
     pub(crate) fn say(&self, text: &str) {
         match &self.bar {
@@ -71,10 +93,28 @@ impl Progress {
     }
 }
 
+/// Something that is on its way.
+#[derive(Debug)]
+pub(crate) struct Transfer(Option<ProgressBar>);
+
+impl Transfer {
+    /// So many bytes more have gone.
+    pub(crate) fn advance(&self, bytes: u64) {
+        if let Some(bar) = &self.0 {
+            bar.inc(bytes);
+        }
+    }
+}
+
 impl Drop for Progress {
     fn drop(&mut self) {
         self.finish();
     }
+}
+
+fn transfer() -> ProgressStyle {
+    let style = ProgressStyle::with_template("{spinner} {msg} {wide_bar} {bytes}/{total_bytes} {elapsed}");
+    style.unwrap_or_else(|_| ProgressStyle::default_bar())
 }
 
 fn spinner() -> ProgressStyle {

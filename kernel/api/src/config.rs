@@ -35,6 +35,8 @@ pub struct Limits {
     pub completed_jobs: usize,
     /// Bytes of all jobs' descriptions: scripts, names, environments.
     pub jobs_total_bytes: usize,
+    /// Bytes of one job's workspace as a tar. None of it is kept.
+    pub workspace_bytes: u64,
     /// Bytes of memory for one job's log.
     pub log_bytes: usize,
     /// Bytes of memory for all jobs' logs; those of jobs long over shrink first.
@@ -51,6 +53,7 @@ impl Default for Limits {
             queued_jobs: 1000,
             completed_jobs: 200,
             jobs_total_bytes: 8 * MIB,
+            workspace_bytes: 4 << 30,
             log_bytes: 4 * MIB,
             logs_total_bytes: 64 * MIB,
         }

@@ -32,6 +32,14 @@ pub enum ErrorCode {
     JobCompleted,
     /// The job is not over yet.
     JobNotCompleted,
+    /// The job takes no workspace, or has one already.
+    WorkspaceNotExpected,
+    /// The job's artifacts cannot be read yet, or another client reads them.
+    ArtifactsNotReady,
+    /// The job's artifacts were there, and are no longer.
+    ArtifactsGone,
+    /// The job has no such artifact.
+    ArtifactNotFound,
     /// The body is longer than a request may be.
     BodyTooLarge,
     /// A body that is not declared as JSON.
@@ -42,6 +50,8 @@ pub enum ErrorCode {
     ExpectationFailed,
     /// The request parses; a field of it is wrong. `errors` names each.
     ValidationFailed,
+    /// The workspace could not be unpacked; the job is over.
+    WorkspaceFailed,
     /// The `Idempotency-Key` was used with another request.
     IdempotencyKeyReused,
     /// Request line and headers are longer than they may be.
@@ -62,7 +72,7 @@ pub enum ErrorCode {
 
 impl ErrorCode {
     /// Every code there is.
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 29] = [
         Self::MalformedRequest,
         Self::InvalidJson,
         Self::InvalidQuery,
@@ -74,11 +84,16 @@ impl ErrorCode {
         Self::RequestTimeout,
         Self::JobCompleted,
         Self::JobNotCompleted,
+        Self::WorkspaceNotExpected,
+        Self::ArtifactsNotReady,
+        Self::ArtifactsGone,
+        Self::ArtifactNotFound,
         Self::BodyTooLarge,
         Self::UnsupportedMediaType,
         Self::RangeNotSatisfiable,
         Self::ExpectationFailed,
         Self::ValidationFailed,
+        Self::WorkspaceFailed,
         Self::IdempotencyKeyReused,
         Self::HeadTooLarge,
         Self::NotImplemented,
@@ -103,11 +118,16 @@ impl ErrorCode {
             Self::RequestTimeout => ("request_timeout", 408),
             Self::JobCompleted => ("job_completed", 409),
             Self::JobNotCompleted => ("job_not_completed", 409),
+            Self::WorkspaceNotExpected => ("workspace_not_expected", 409),
+            Self::ArtifactsNotReady => ("artifacts_not_ready", 409),
+            Self::ArtifactsGone => ("artifacts_gone", 410),
+            Self::ArtifactNotFound => ("artifact_not_found", 404),
             Self::BodyTooLarge => ("body_too_large", 413),
             Self::UnsupportedMediaType => ("unsupported_media_type", 415),
             Self::RangeNotSatisfiable => ("range_not_satisfiable", 416),
             Self::ExpectationFailed => ("expectation_failed", 417),
             Self::ValidationFailed => ("validation_failed", 422),
+            Self::WorkspaceFailed => ("workspace_failed", 422),
             Self::IdempotencyKeyReused => ("idempotency_key_reused", 422),
             Self::HeadTooLarge => ("head_too_large", 431),
             Self::Internal => ("internal", 500),

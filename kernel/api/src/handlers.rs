@@ -5,7 +5,7 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
 use crate::error::{ApiError, ErrorCode};
-use crate::http::{Body, Head, Query, Response, Wanted};
+use crate::http::{Body, Head, Query, Response, Wanted, decode};
 use crate::jobs::{Created, JobId, ReadOptions, Streams, request};
 use crate::log::Stream;
 use crate::multiplex;
@@ -161,6 +161,23 @@ pub(crate) fn job_logs(api: &mut Api, head: &Head, id: JobId, now: Clock) -> Res
     let content_type = if multiplexed { multiplex::MEDIA_TYPE } else { TEXT };
     let reader = api.jobs.open_log(id, options, now)?;
     Ok(Response::new(200, content_type, Body::Log(reader, None)).with_header("Accept-Ranges", "bytes"))
+}
+
+pub(crate) fn all_artifacts(api: &mut Api, id: JobId, now: Clock) -> Result<Response, ApiError> {
+    let reader = api.jobs.open_artifacts(id, None, now)?;
+    Ok(Response::new(200, "application/x-tar", Body::Artifacts(reader)))
+}
+
+pub(crate) fn one_artifact(api: &mut Api, head: &Head, id: JobId, now: Clock) -> Result<Response, ApiError> {
+    // `/v1/jobs/{id}/artifacts/` and then the name.
+    let name = head.path.splitn(6, '/').nth(5).unwrap_or_default();
+    let Some(name) = decode(name, false) else {
+        let message =
+            "the artifact's name is not percent-encoded UTF-8; artifacts.tar has every name as it is";
+        return Err(ApiError::new(ErrorCode::ArtifactNotFound, message));
+    };
+    let reader = api.jobs.open_artifacts(id, Some(name), now)?;
+    Ok(Response::new(200, "application/octet-stream", Body::Artifacts(reader)))
 }
 
 fn log_range(api: &mut Api, id: JobId, wanted: Wanted, now: Clock) -> Result<Response, ApiError> {

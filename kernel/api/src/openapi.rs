@@ -101,10 +101,17 @@ mod tests {
 
     fn job() -> Job {
         let mut jobs = JobStore::new(Limits::default());
-        let job = begin(&mut jobs, 1, steps(vec![step("a"), step("b")]), at(0));
+        let files =
+            JobRequest { workspace: true, artifacts: vec!["a".into()], ..steps(vec![step("a"), step("b")]) };
+        let job = begin(&mut jobs, 1, files, at(0));
+        let sender = jobs.open_workspace(job, None).unwrap();
+        jobs.push_workspace(&sender, b"tar").unwrap();
+        jobs.end_workspace(&sender);
+        say(&mut jobs, job, &unpacked(1), at(0));
         say(&mut jobs, job, &started(0), at(0));
         say(&mut jobs, job, &stdout("x"), at(0));
         say(&mut jobs, job, &exited(0, 1), at(0));
+        say(&mut jobs, job, &listed(&[]), at(0));
         finish(&mut jobs, job, at(0))
     }
 
@@ -167,6 +174,19 @@ mod tests {
         fits("LogInfo", &job.log);
         fits("Network", &job.network);
         fits("ConnectionCounts", &job.connections);
+        fits("Workspace", &job.workspace);
+        fits("Artifacts", &job.artifacts);
+        let listed = Artifact { name: "a/b".into(), size: 1 };
+        fits("Artifact", &listed);
+        let list = ArtifactList {
+            status: ArtifactsStatus::Ready,
+            total_count: 2,
+            total_bytes: 3,
+            omitted_count: 1,
+            message: None,
+            artifacts: vec![listed],
+        };
+        fits("ArtifactList", &list);
         let connection = Connection {
             time: job.created_at.clone(),
             protocol: Protocol::Tcp,
@@ -217,6 +237,8 @@ mod tests {
             steps: vec![step],
             env: [("A".to_string(), "b".to_string())].into(),
             network: Some(Network { egress: Egress::Rules(vec!["example.org".parse().unwrap()]) }),
+            workspace: true,
+            artifacts: vec!["dist/**".into()],
         };
         fits("JobRequest", &request);
     }
@@ -234,6 +256,8 @@ mod tests {
         assert_eq!(step["run"]["maxLength"], request::MAX_RUN);
         assert_eq!(schemas["Environment"]["maxProperties"], request::MAX_ENV);
         assert_eq!(schemas["Environment"]["additionalProperties"]["maxLength"], request::MAX_ENV_VALUE);
+        assert_eq!(job["artifacts"]["maxItems"], request::MAX_ARTIFACTS);
+        assert_eq!(job["artifacts"]["items"]["maxLength"], request::MAX_GLOB);
         let rules = &schemas["Network"]["properties"]["egress"]["oneOf"][1];
         assert_eq!(rules["maxItems"], egress::MAX_RULES);
         let machine = &schemas["MachineConfig"]["properties"];

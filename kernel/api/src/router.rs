@@ -25,6 +25,10 @@ pub(crate) enum Route {
     DeleteJob(JobId),
     JobLogs(JobId),
     JobConnections(JobId),
+    PutWorkspace(JobId),
+    ListArtifacts(JobId),
+    AllArtifacts(JobId),
+    OneArtifact(JobId),
     CancelJob(JobId),
 }
 
@@ -34,9 +38,13 @@ impl Route {
         matches!(self, Self::Healthz | Self::Readyz | Self::Version | Self::OpenApi)
     }
 
-    /// Most bytes of its request's body. Only a new job has one.
+    /// Most bytes of its request's body. Only a new job has one, and a workspace, which has limits of its own.
     pub(crate) fn body_limit(self, limits: &Limits) -> usize {
-        if self == Self::CreateJob { limits.body_bytes } else { 0 }
+        match self {
+            Self::CreateJob => limits.body_bytes,
+            Self::PutWorkspace(_) => usize::MAX,
+            _ => 0,
+        }
     }
 }
 
@@ -55,7 +63,7 @@ const fn path(template: &'static str, allow: &'static str, public: bool) -> Path
 }
 
 /// Every path there is.
-pub(crate) const PATHS: [Path; 11] = [
+pub(crate) const PATHS: [Path; 15] = [
     path("/healthz", "GET, HEAD", true),
     path("/readyz", "GET, HEAD", true),
     path("/version", "GET, HEAD", true),
@@ -66,6 +74,10 @@ pub(crate) const PATHS: [Path; 11] = [
     path("/v1/jobs/{id}", "GET, HEAD, DELETE", false),
     path("/v1/jobs/{id}/logs", "GET, HEAD", false),
     path("/v1/jobs/{id}/connections", "GET, HEAD", false),
+    path("/v1/jobs/{id}/workspace", "PUT", false),
+    path("/v1/jobs/{id}/artifacts", "GET, HEAD", false),
+    path("/v1/jobs/{id}/artifacts.tar", "GET, HEAD", false),
+    path("/v1/jobs/{id}/artifacts/{name}", "GET, HEAD", false),
     path("/v1/jobs/{id}/cancel", "POST", false),
 ];
 
@@ -78,6 +90,8 @@ fn find(path: &str) -> Option<(&'static Path, &str)> {
             match (want.next(), have.next()) {
                 (None, None) => return Some((candidate, id)),
                 (Some("{id}"), Some(part)) if !part.is_empty() => id = part,
+                // An artifact's name is all the rest, slashes included.
+                (Some("{name}"), Some(part)) if !part.is_empty() => return Some((candidate, id)),
                 (Some(want), Some(have)) if want == have => {}
                 _ => return None,
             }
@@ -113,6 +127,12 @@ pub(crate) fn admit(api: &Api, head: &Head) -> Result<Route, ApiError> {
         ("/v1/jobs/{id}", Method::Delete) => job().map(Route::DeleteJob),
         ("/v1/jobs/{id}/logs", _) if get => job().map(Route::JobLogs),
         ("/v1/jobs/{id}/connections", _) if get => job().map(Route::JobConnections),
+        ("/v1/jobs/{id}/workspace", Method::Put) => {
+            is_tar(head).and_then(|()| job().map(Route::PutWorkspace))
+        }
+        ("/v1/jobs/{id}/artifacts", _) if get => job().map(Route::ListArtifacts),
+        ("/v1/jobs/{id}/artifacts.tar", _) if get => job().map(Route::AllArtifacts),
+        ("/v1/jobs/{id}/artifacts/{name}", _) if get => job().map(Route::OneArtifact),
         ("/v1/jobs/{id}/cancel", Method::Post) => job().map(Route::CancelJob),
         _ => {
             let message = alloc::format!("{} takes {}", path.template, path.allow);
@@ -145,12 +165,26 @@ fn authorize(api: &Api, head: &Head) -> Result<(), ApiError> {
 
 /// A web page in a browser can send a form to any address without asking, but not JSON.
 fn is_json(head: &Head) -> Result<(), ApiError> {
-    let given = head.content_type.as_deref().and_then(|value| value.split(';').next()).map(str::trim);
-    if given.is_some_and(|given| given.eq_ignore_ascii_case("application/json")) {
+    if has_type(head, "application/json") {
         return Ok(());
     }
     let message = "a job is JSON; send it with the header Content-Type: application/json";
     Err(ApiError::new(ErrorCode::UnsupportedMediaType, message))
+}
+
+fn is_tar(head: &Head) -> Result<(), ApiError> {
+    let plain = head.content_encoding.as_deref().is_none_or(|coding| coding.eq_ignore_ascii_case("identity"));
+    if plain && has_type(head, "application/x-tar") {
+        return Ok(());
+    }
+    let message = "a workspace is a tar that is not compressed; send it with the header Content-Type: application/x-tar \
+                   and without Content-Encoding";
+    Err(ApiError::new(ErrorCode::UnsupportedMediaType, message))
+}
+
+fn has_type(head: &Head, wanted: &str) -> bool {
+    let given = head.content_type.as_deref().and_then(|value| value.split(';').next()).map(str::trim);
+    given.is_some_and(|given| given.eq_ignore_ascii_case(wanted))
 }
 
 /// Does what an admitted request asks for.
@@ -175,6 +209,13 @@ pub(crate) fn handle(
         Route::DeleteJob(id) => api.jobs.delete(id).map(|()| Response::empty(204)),
         Route::JobLogs(id) => handlers::job_logs(api, head, id, now),
         Route::JobConnections(id) => Ok(Response::json(200, &api.jobs.connections(id)?)),
+        // Its connection passes it on as it arrives and does not come here.
+        Route::PutWorkspace(_) => {
+            Err(ApiError::new(ErrorCode::Internal, "a workspace is not a request like the others"))
+        }
+        Route::ListArtifacts(id) => Ok(Response::json(200, &api.jobs.artifacts(id)?)),
+        Route::AllArtifacts(id) => handlers::all_artifacts(api, id, now),
+        Route::OneArtifact(id) => handlers::one_artifact(api, head, id, now),
         Route::CancelJob(id) => {
             api.jobs.cancel(id, now)?;
             Ok(Response::json(202, &api.jobs.get(id)?))
@@ -192,6 +233,14 @@ mod tests {
         assert_eq!(found("/v1/jobs"), Some(("/v1/jobs", "")));
         assert_eq!(found("/v1/jobs/a"), Some(("/v1/jobs/{id}", "a")));
         assert_eq!(found("/v1/jobs/a/logs"), Some(("/v1/jobs/{id}/logs", "a")));
+        for name in ["b", "b/c", "b//c/", "artifacts.tar", "%2e%2e/x"] {
+            let path = alloc::format!("/v1/jobs/a/artifacts/{name}");
+            assert_eq!(
+                find(&path).map(|(path, id)| (path.template, id)),
+                Some(("/v1/jobs/{id}/artifacts/{name}", "a"))
+            );
+        }
+        assert_eq!(found("/v1/jobs/a/artifacts.tar"), Some(("/v1/jobs/{id}/artifacts.tar", "a")));
         for path in [
             "",
             "/",
@@ -201,6 +250,7 @@ mod tests {
             "/v1/jobs//logs",
             "/v1/jobs/a/b",
             "/v1/jobs/a/logs/",
+            "/v1/jobs/a/artifacts/",
             "x/v1/jobs",
         ] {
             assert_eq!(found(path), None, "{path}");

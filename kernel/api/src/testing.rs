@@ -8,7 +8,7 @@ use crate::agent::{self, AgentMessage, HostMessage};
 use crate::jobs::{JobId, JobStore, MachineEnd, MachineReport, request};
 use crate::time::{Clock, MILLISECOND, SECOND};
 use crate::types::{
-    BootTimes, Host, HostMemory, Image, Job, JobRequest, MachineConfig, StepRequest, Uplink, Vendor,
+    Artifact, BootTimes, Host, HostMemory, Image, Job, JobRequest, MachineConfig, StepRequest, Uplink, Vendor,
 };
 use crate::{ApiConfig, Node};
 
@@ -107,7 +107,7 @@ pub(crate) fn begin(jobs: &mut JobStore, number: u8, request: JobRequest, now: C
 }
 
 pub(crate) fn hello() -> AgentMessage {
-    AgentMessage::Hello(agent::Hello { protocol: 1, agent: "0".into(), kernel: "6.1".into() })
+    AgentMessage::Hello(agent::Hello { protocol: agent::PROTOCOL, agent: "0".into(), kernel: "6.1".into() })
 }
 
 pub(crate) fn started(index: u32) -> AgentMessage {
@@ -123,6 +123,24 @@ pub(crate) fn exited(index: u32, code: i32) -> AgentMessage {
     AgentMessage::StepCompleted(agent::StepCompleted { index, exit_code, signal, timed_out })
 }
 
+pub(crate) fn unpacked(entries: u64) -> AgentMessage {
+    AgentMessage::WorkspaceUnpacked(agent::WorkspaceUnpacked { entries })
+}
+
+/// The agent has found these artifacts, each of five bytes.
+pub(crate) fn listed(names: &[&str]) -> AgentMessage {
+    AgentMessage::ArtifactList(agent::ArtifactList {
+        total_count: names.len() as u64,
+        total_bytes: 5 * names.len() as u64,
+        artifacts: names.iter().map(|name| Artifact { name: name.to_string(), size: 5 }).collect(),
+        message: None,
+    })
+}
+
+pub(crate) fn sent(failed: Option<&str>) -> AgentMessage {
+    AgentMessage::ArtifactsSent(agent::ArtifactsSent { failed: failed.map(str::to_string) })
+}
+
 /// The agent says something.
 pub(crate) fn say(jobs: &mut JobStore, job: JobId, message: &AgentMessage, now: Clock) {
     jobs.receive(job, &message.encode().unwrap(), now);
@@ -136,7 +154,7 @@ pub(crate) fn told(jobs: &mut JobStore, job: JobId) -> Vec<HostMessage> {
     jobs.transmitted(job, bytes.len());
     let mut messages = vec![];
     while let Some(frame) = decoder.next_frame().unwrap() {
-        messages.push(HostMessage::decode(&frame).unwrap());
+        messages.push(HostMessage::decode(frame).unwrap());
     }
     assert_eq!(decoder.buffered(), 0);
     messages
@@ -146,7 +164,7 @@ pub(crate) fn told(jobs: &mut JobStore, job: JobId) -> Vec<HostMessage> {
 pub(crate) fn told_to_run(jobs: &mut JobStore, job: JobId) -> Vec<String> {
     let scripts = told(jobs, job).into_iter().filter_map(|message| match message {
         HostMessage::RunStep(step) => Some(step.run),
-        HostMessage::CancelStep => None,
+        _ => None,
     });
     scripts.collect()
 }

@@ -196,7 +196,7 @@ mod tests {
     use super::super::testing::{FakeMachines, at, image, queue_job};
     use super::*;
     use nestling_api::Limits;
-    use nestling_api::agent::{AgentMessage, Hello, StepCompleted, StepStarted};
+    use nestling_api::agent::{AgentMessage, Hello, PROTOCOL, StepCompleted, StepStarted};
     use nestling_api::jobs::MachineEnd;
     use nestling_api::types::{Conclusion, Status};
 
@@ -229,7 +229,7 @@ mod tests {
         fn hello(&mut self, machine: u32) {
             self.say(
                 machine,
-                &AgentMessage::Hello(Hello { protocol: 1, agent: "0".into(), kernel: "6".into() }),
+                &AgentMessage::Hello(Hello { protocol: PROTOCOL, agent: "0".into(), kernel: "6".into() }),
             );
         }
     }

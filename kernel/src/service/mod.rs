@@ -48,6 +48,7 @@ const LIMITS: Limits = Limits {
     queued_jobs: 1000,
     completed_jobs: 200,
     jobs_total_bytes: 8 * MIB,
+    workspace_bytes: 4 << 30,
     log_bytes: 4 * MIB,
     logs_total_bytes: 12 * MIB,
 };

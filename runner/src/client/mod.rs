@@ -10,7 +10,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nestling_api::multiplex::MEDIA_TYPE;
-use nestling_api::types::{ConnectionList, Host, ImageList, Job, JobList, JobRequest, Status, Version};
+use nestling_api::types::{
+    ArtifactList, ConnectionList, Host, ImageList, Job, JobList, JobRequest, Status, Version, Workspace,
+};
 use serde::de::DeserializeOwned;
 use ureq::Agent;
 use ureq::http;
@@ -288,6 +290,50 @@ impl Client {
         self.get(&format!("/v1/jobs/{id}"))
     }
 
+    /// `PUT /v1/jobs/{id}/workspace`: sends a tar of `length` bytes, as it is read, and returns once it is unpacked in the job's
+    /// machine. Send it when the job's workspace is [`types::WorkspaceStatus::Awaited`]: until then the node reads nothing.
+    ///
+    /// # Errors
+    /// As [`version`](Self::version). When the node refuses in the middle or `tar` fails, the connection may break before the
+    /// reason is read; the job has it then.
+    pub fn put_workspace(
+        &self,
+        id: &str,
+        tar: impl Read + Send + 'static,
+        length: u64,
+    ) -> Result<Workspace, ClientError> {
+        let path = format!("/v1/jobs/{id}/workspace");
+        let length = length.to_string();
+        let headers = [("content-type", "application/x-tar"), ("content-length", length.as_str())];
+        let request = self.head("PUT", &path, &headers).body(ureq::SendBody::from_owned_reader(tar));
+        let response = request.map_err(ureq::Error::from).and_then(|request| self.agent.run(request));
+        let response = response.map_err(|error| ClientError::unreachable(&self.url, error))?;
+        let answer = self.read_whole(&path, response)?;
+        self.decode(&path, answer)
+    }
+
+    /// `GET /v1/jobs/{id}/artifacts`: the files that the job's machine keeps.
+    ///
+    /// # Errors
+    /// As [`version`](Self::version).
+    pub fn artifacts(&self, id: &str) -> Result<ArtifactList, ClientError> {
+        self.get(&format!("/v1/jobs/{id}/artifacts"))
+    }
+
+    /// `GET /v1/jobs/{id}/artifacts.tar`: all of those files, as they come. Once they are read to the end, the job is over.
+    ///
+    /// # Errors
+    /// As [`version`](Self::version).
+    pub fn artifacts_tar(&self, id: &str) -> Result<impl Read + use<>, ClientError> {
+        let path = format!("/v1/jobs/{id}/artifacts.tar");
+        let response = self.send("GET", &path, &[], None)?;
+        if !response.status().is_success() {
+            let answer = self.read_whole(&path, response)?;
+            return Err(ClientError::refused(&path, &answer));
+        }
+        Ok(response.into_body().into_reader())
+    }
+
     /// `GET /v1/jobs/{id}/connections`: whom the job's machine connected to, or tried to.
     ///
     /// # Errors
@@ -422,13 +468,7 @@ impl Client {
         headers: &[(&str, &str)],
         body: Option<&[u8]>,
     ) -> Result<http::Response<ureq::Body>, ClientError> {
-        let mut request = http::Request::builder().method(method).uri(format!("{}{path}", self.url));
-        if let Some(token) = &self.token {
-            request = request.header("authorization", format!("Bearer {token}"));
-        }
-        for (name, value) in headers {
-            request = request.header(*name, *value);
-        }
+        let request = self.head(method, path, headers);
         let result = match body {
             Some(body) => {
                 request.body(body).map_err(ureq::Error::from).and_then(|request| self.agent.run(request))
@@ -436,6 +476,17 @@ impl Client {
             None => request.body(()).map_err(ureq::Error::from).and_then(|request| self.agent.run(request)),
         };
         result.map_err(|error| ClientError::unreachable(&self.url, error))
+    }
+
+    fn head(&self, method: &str, path: &str, headers: &[(&str, &str)]) -> http::request::Builder {
+        let mut request = http::Request::builder().method(method).uri(format!("{}{path}", self.url));
+        if let Some(token) = &self.token {
+            request = request.header("authorization", format!("Bearer {token}"));
+        }
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        request
     }
 
     fn read_whole(&self, path: &str, response: http::Response<ureq::Body>) -> Result<Answer, ClientError> {

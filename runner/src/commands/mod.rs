@@ -3,6 +3,7 @@
 pub(crate) mod cancel;
 pub(crate) mod connections;
 pub(crate) mod down;
+mod files;
 mod follow;
 pub(crate) mod image;
 mod interrupt;

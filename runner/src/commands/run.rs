@@ -3,17 +3,22 @@
 use std::collections::BTreeMap;
 use std::env;
 use std::io;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
-use nestling::client::types::{Conclusion, Job, JobRequest, MachineConfig, Network, Status, StepRequest};
+use anyhow::{Context, Result, anyhow, bail};
+use nestling::client::types::{
+    ArtifactsStatus, Conclusion, Job, JobRequest, MachineConfig, Network, Status, StepRequest,
+    WorkspaceStatus,
+};
 use nestling::client::{Client, Egress, EgressRule, Stream};
 use nestling::ready::printable;
 use nestling::state::{DEFAULT_NODE, State};
 
+use super::files;
 use super::follow::{self, Outputs, Sink};
 use super::interrupt::Interrupt;
 use super::jobs::waiting_for;
@@ -46,6 +51,8 @@ pub(crate) fn run(options: &Run) -> Result<u8> {
         move || cancel_running(&running)
     })?;
     let progress = Progress::new(options.quiet);
+    let workspace =
+        options.workspace.as_deref().map(|directory| files::scan(directory, &progress)).transpose()?;
     let target = node(options, &interrupt, &progress);
     if let Some(code) = interrupt.exit_code() {
         // What became of the node after that is no failure.
@@ -56,7 +63,7 @@ pub(crate) fn run(options: &Run) -> Result<u8> {
         Ok(job) => job,
         Err(error) => return interrupt.exit_code().ok_or(error.into()),
     };
-    if options.detach {
+    if options.detach && workspace.is_none() {
         progress.finish();
         terminal::print(&format!("{}\n", job.id))?;
         return Ok(0);
@@ -67,7 +74,18 @@ pub(crate) fn run(options: &Run) -> Result<u8> {
         // It came before there was a job to cancel.
         cancel_running(&running);
     }
-    let result = follow(&target, &job.id, &progress);
+    let sent =
+        workspace.map_or(Ok(()), |workspace| files::send(&target.client, &job.id, &workspace, &progress));
+    if let Err(error) = sent {
+        cancel(&target.client, &job.id);
+        return Err(error.context(format!("job {}", job.id)));
+    }
+    if options.detach {
+        progress.finish();
+        terminal::print(&format!("{}\n", job.id))?;
+        return Ok(0);
+    }
+    let (result, fetched) = with_artifacts(options, &target, &job.id, &progress);
     // Too late to cancel.
     running.lock().unwrap_or_else(PoisonError::into_inner).take();
     progress.finish();
@@ -88,7 +106,15 @@ pub(crate) fn run(options: &Run) -> Result<u8> {
     if options.rm {
         delete(&target.client, &job.id);
     }
-    Ok(exit_code(&job, interrupt.exit_code()))
+    match (fetched, exit_code(&job, interrupt.exit_code())) {
+        // A job that succeeded without what was asked of it is no success.
+        (Err(error), 0) => Err(error.context(format!("job {} succeeded", job.id))),
+        (Err(error), code) => {
+            terminal::say(format_args!("{error:#}"));
+            Ok(code)
+        }
+        (Ok(()), code) => Ok(code),
+    }
 }
 
 /// What the options ask the node for, with `variable` our environment.
@@ -126,6 +152,8 @@ fn request(options: &Run, variable: impl Fn(&str) -> Option<String>) -> Result<J
         steps: vec![step],
         env,
         network: egress(&options.egress)?.map(|egress| Network { egress }),
+        workspace: options.workspace.is_some(),
+        artifacts: options.artifact.clone(),
     })
 }
 
@@ -209,6 +237,28 @@ fn delete(client: &Client, id: &str) {
     }
 }
 
+/// Passes the job's output on until it is over, and brings its artifacts here as soon as they are there.
+fn with_artifacts(
+    options: &Run,
+    target: &Target,
+    id: &str,
+    progress: &Progress,
+) -> (Result<Job>, Result<()>) {
+    if options.artifact.is_empty() {
+        return (follow(target, id, progress), Ok(()));
+    }
+    let directory = options.artifact_dir.as_deref().unwrap_or(Path::new("."));
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let fetching =
+            scope.spawn(|| files::fetch(&target.client, id, directory, &options.artifact, &over, progress));
+        let result = follow(target, id, progress);
+        over.store(true, Ordering::SeqCst);
+        fetching.thread().unpark();
+        (result, fetching.join().unwrap_or_else(|_| Err(anyhow!("fetching the artifacts failed"))))
+    })
+}
+
 /// Passes the job's output on until it is over, showing its phase until there is output.
 fn follow(target: &Target, id: &str, progress: &Progress) -> Result<Job> {
     if !progress.is_live() {
@@ -260,19 +310,27 @@ impl Sink for RunSink<'_> {
 }
 
 /// The beginning of an ID, enough to name the job to other commands.
-fn short(id: &str) -> &str {
+pub(super) fn short(id: &str) -> &str {
     id.get(..12).unwrap_or(id)
 }
 
 /// What a job is at.
-fn phase(job: &Job) -> String {
+pub(super) fn phase(job: &Job) -> String {
     match (job.status, job.queue_position) {
         (Status::Queued, Some(position)) => {
             format!("queued at position {position}{}", waiting_for(job, ", waits for "))
         }
         (Status::Queued, _) => "queued".to_owned(),
         (Status::InProgress, _) if job.timings.agent_ready_ms.is_none() => "booting its machine".to_owned(),
-        (Status::InProgress, _) => "running".to_owned(),
+        (Status::InProgress, _) => match (&job.workspace, &job.artifacts) {
+            (Some(workspace), _) if workspace.status != WorkspaceStatus::Unpacked => {
+                "waits for its workspace".to_owned()
+            }
+            (_, Some(artifacts)) if artifacts.status == ArtifactsStatus::Ready => {
+                "keeps its artifacts".to_owned()
+            }
+            _ => "running".to_owned(),
+        },
         (Status::Completed, _) => "over".to_owned(),
     }
 }

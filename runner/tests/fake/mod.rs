@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -13,7 +14,8 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nestling_api::agent::{
-    AgentMessage, Decoder, Hello, HostMessage, PROTOCOL, RunStep, StepCompleted, StepStarted,
+    AgentMessage, ArtifactList, ArtifactsSent, Decoder, Hello, HostMessage, PROTOCOL, RunStep, StepCompleted,
+    StepStarted, WorkspaceFailed, WorkspaceUnpacked,
 };
 use nestling_api::http::Connection;
 use nestling_api::jobs::{ConnectionRecord, JobId, MachineEnd, MachineReport};
@@ -27,6 +29,9 @@ const POWER_OFF: &str = "fake-power-off";
 
 /// A step whose script has this word connects to one place and is refused another.
 const CONNECT: &str = "fake-connect";
+
+/// A workspace in which a file has this name cannot be unpacked.
+const UNPACK_FAILS: &str = "fake-unpack-fails";
 
 /// A running node; it ends when dropped.
 pub struct FakeNode {
@@ -221,34 +226,77 @@ fn serve(peer: &mut Peer, api: &mut Api, node: &mut Facts, now: Clock, cut: usiz
     !peer.connection.wants_close() && !peer.connection.wants_abort()
 }
 
-/// The agent: runs steps on this computer.
+/// The agent: runs steps on this computer, in a workspace of its own.
 fn agent(inbox: &Receiver<Vec<u8>>, outbox: &SyncSender<Event>) {
     let send = |message: AgentMessage| outbox.send(Event::Bytes(message.encode().unwrap())).is_ok();
     let hello = Hello { protocol: PROTOCOL, agent: "0.1.0".into(), kernel: "6.1.0-fake".into() };
     send(AgentMessage::Hello(hello));
-    let mut decoder = Decoder::new();
+    let folder = tempfile::tempdir().unwrap();
+    let (mut decoder, mut tar, mut artifacts) = (Decoder::new(), Vec::new(), Vec::new());
     while let Ok(bytes) = inbox.recv() {
         decoder.push(&bytes);
         while let Some(frame) = decoder.next_frame().unwrap() {
-            if let HostMessage::RunStep(step) = HostMessage::decode(&frame).unwrap() {
-                if step.run.contains(POWER_OFF) {
-                    let _ = outbox.send(Event::PowerOff);
-                    return;
+            match HostMessage::decode(frame).unwrap() {
+                HostMessage::RunStep(step) => {
+                    if step.run.contains(POWER_OFF) {
+                        let _ = outbox.send(Event::PowerOff);
+                        return;
+                    }
+                    if step.run.contains(CONNECT) {
+                        let _ = outbox.send(Event::Connect);
+                    }
+                    run_step(&step, folder.path(), inbox, outbox);
                 }
-                if step.run.contains(CONNECT) {
-                    let _ = outbox.send(Event::Connect);
+                HostMessage::WorkspaceData(bytes) => tar.extend(bytes),
+                HostMessage::WorkspaceEnd => {
+                    tar::Archive::new(tar.as_slice()).unpack(folder.path()).unwrap();
+                    send(if folder.path().join(UNPACK_FAILS).exists() {
+                        AgentMessage::WorkspaceFailed(WorkspaceFailed { message: "no space left".into() })
+                    } else {
+                        AgentMessage::WorkspaceUnpacked(WorkspaceUnpacked { entries: 1 })
+                    });
                 }
-                run_step(&step, inbox, outbox);
+                HostMessage::ListArtifacts(list) => {
+                    artifacts = files(folder.path(), &list.patterns);
+                    let message = artifacts.is_empty().then(|| "nothing matches".to_owned());
+                    let total_count = artifacts.len() as u64;
+                    send(AgentMessage::ArtifactList(ArtifactList {
+                        total_count,
+                        message,
+                        ..ArtifactList::default()
+                    }));
+                }
+                HostMessage::SendArtifacts(_) => {
+                    let mut tar = tar::Builder::new(Vec::new());
+                    tar.follow_symlinks(false);
+                    for file in &artifacts {
+                        tar.append_path_with_name(folder.path().join(file), file).unwrap();
+                    }
+                    for part in tar.into_inner().unwrap().chunks(1000) {
+                        send(AgentMessage::ArtifactData(part.to_vec()));
+                    }
+                    send(AgentMessage::ArtifactsSent(ArtifactsSent::default()));
+                }
+                HostMessage::CancelStep | HostMessage::StopArtifacts => {}
             }
         }
     }
 }
 
-fn run_step(step: &RunStep, inbox: &Receiver<Vec<u8>>, outbox: &SyncSender<Event>) {
+/// Files below a folder that match.
+fn files(folder: &Path, patterns: &[String]) -> Vec<PathBuf> {
+    let found =
+        patterns.iter().flat_map(|pattern| glob::glob(folder.join(pattern).to_str().unwrap()).unwrap());
+    let files = found.map(Result::unwrap).filter(|path| !path.is_dir());
+    files.map(|path| path.strip_prefix(folder).unwrap().to_owned()).collect()
+}
+
+fn run_step(step: &RunStep, folder: &Path, inbox: &Receiver<Vec<u8>>, outbox: &SyncSender<Event>) {
     let send = |message: AgentMessage| outbox.send(Event::Bytes(message.encode().unwrap())).is_ok();
     let mut child = Command::new("sh")
         .args(["-e", "-c", &step.run])
         .envs(&step.env)
+        .current_dir(folder)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())

@@ -104,7 +104,7 @@ impl Connection {
 
     /// Receives what has come. False when the node has closed the connection.
     pub(crate) fn receive(&mut self) -> bool {
-        let mut bytes = [0; 4096];
+        let mut bytes = [0; 32 * 1024];
         match nix::unistd::read(&self.stream, &mut bytes) {
             Ok(len @ 1..) => {
                 self.decoder.push(bytes.get(..len).unwrap_or_default());
@@ -119,7 +119,7 @@ impl Connection {
     pub(crate) fn next_message(&mut self) -> Result<Option<HostMessage>, String> {
         let told = |error: agent::ProtocolError| format!("the node broke the protocol: {error}");
         let Some(frame) = self.decoder.next_frame().map_err(told)? else { return Ok(None) };
-        HostMessage::decode(&frame).map(Some).map_err(told)
+        HostMessage::decode(frame).map(Some).map_err(told)
     }
 
     /// Tells the node why the agent cannot go on, if it still listens.

@@ -1,16 +1,20 @@
-//! `nestling-agent`: takes a job's steps from the node, runs them and streams their output.
+//! `nestling-agent`: takes a job's workspace and steps from the node, runs them, streams their output and sends artifacts.
 //!
 //! In an image it is PID 1: it mounts what Linux programs expect, loads the image's modules, changes to the root file system on a
 //! disk where there is one, and calls the node over vsock. In a full distribution it runs as a service and does only the latter. Started with `--stdin` it speaks the same
 //! protocol over the socket it was given as standard input.
 
+mod artifacts;
 mod connection;
+mod files;
 mod root;
 mod serve;
 mod settings;
 mod signals;
 mod step;
 mod system;
+mod tree;
+mod unpack;
 
 use std::os::fd::AsFd;
 use std::process::ExitCode;

@@ -9,6 +9,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::connection::Connection;
+use crate::files::Files;
 use crate::settings::Settings;
 use crate::signals::{Request, Signals, reap};
 use crate::step::Step;
@@ -29,7 +30,8 @@ pub(crate) fn serve(
     settings: &Settings,
 ) -> Result<(), String> {
     connection.say(&AgentMessage::Hello(hello()))?;
-    let mut agent = Agent { connection, settings, step: None, held: VecDeque::new() };
+    let files = Files::new(settings.work.clone());
+    let mut agent = Agent { connection, settings, step: None, held: VecDeque::new(), files };
     let ended = agent.converse(signals);
     if let Some(step) = &mut agent.step {
         step.kill();
@@ -51,6 +53,7 @@ struct Agent<'a> {
     step: Option<Step>,
     /// Pipes of earlier steps, read into nothing so that what runs in the background does not block on them.
     held: VecDeque<OwnedFd>,
+    files: Files,
 }
 
 impl Agent<'_> {
@@ -86,7 +89,12 @@ impl Agent<'_> {
         polled.extend(self.held.iter().map(|pipe| PollFd::new(pipe.as_fd(), PollFlags::POLLIN)));
 
         let deadline = self.step.as_ref().and_then(Step::next_deadline);
-        match poll(&mut polled, deadline.map_or(PollTimeout::NONE, timeout_until)) {
+        let timeout = match deadline {
+            // Files are always ready to be read.
+            _ if drained && self.files.is_sending() => PollTimeout::ZERO,
+            deadline => deadline.map_or(PollTimeout::NONE, timeout_until),
+        };
+        match poll(&mut polled, timeout) {
             Ok(_) => {}
             Err(Errno::EINTR) => return Ok(Ready::default()),
             Err(error) => return Err(format!("cannot wait for events: {error}")),
@@ -120,6 +128,7 @@ impl Agent<'_> {
     }
 
     fn obey(&mut self, message: HostMessage) -> Result<(), String> {
+        let Some(message) = self.files.obey(message, self.connection)? else { return Ok(()) };
         match message {
             HostMessage::RunStep(request) if self.step.is_some() => {
                 Err(format!("the node asked for step {} while another one runs", request.index))
@@ -132,6 +141,8 @@ impl Agent<'_> {
                 }
                 Ok(())
             }
+            // What is about files has been done.
+            _ => Ok(()),
         }
     }
 
@@ -152,6 +163,9 @@ impl Agent<'_> {
 
     /// Moves the running step on: its output, its clocks, its end.
     fn advance(&mut self, output: bool) -> Result<(), String> {
+        if self.connection.is_drained() {
+            self.files.advance(self.connection)?;
+        }
         let Some(step) = &mut self.step else { return Ok(()) };
         if output && self.connection.is_drained() {
             step.forward(self.connection);

@@ -21,35 +21,66 @@ pub(super) struct Incoming {
     share: Share,
 }
 
+/// How a body's end is found while it arrives.
 #[derive(Debug)]
-enum Coding {
+pub(super) enum Coding {
+    /// So many bytes are still to come.
     Left(u64),
+    /// After the last chunk.
     Chunked(chunked::Decoder),
+}
+
+impl Coding {
+    pub(super) fn new(length: BodyLength) -> Self {
+        match length {
+            BodyLength::Known(len) => Self::Left(len),
+            BodyLength::Chunked => Self::Chunked(chunked::Decoder::new()),
+        }
+    }
+
+    /// Reads from the start of `input`: how many bytes it used up, and a slice of the body among them.
+    ///
+    /// Uses up something unless `input` is empty or the body is done, so call it until then.
+    pub(super) fn take<'a>(&mut self, input: &'a [u8]) -> Result<(usize, &'a [u8]), ApiError> {
+        match self {
+            Self::Left(left) => {
+                let wanted = usize::try_from(*left).unwrap_or(usize::MAX);
+                let data = input.get(..wanted).unwrap_or(input);
+                *left = left.saturating_sub(data.len() as u64);
+                Ok((data.len(), data))
+            }
+            Self::Chunked(decoder) => decoder.decode(input).map_err(|error| {
+                ApiError::new(ErrorCode::MalformedRequest, format!("the body is not in chunks: {}", error.0))
+            }),
+        }
+    }
+
+    /// Bytes that are still to come, if that is known.
+    pub(super) fn left(&self) -> Option<u64> {
+        match self {
+            Self::Left(left) => Some(*left),
+            Self::Chunked(_) => None,
+        }
+    }
+
+    pub(super) fn is_done(&self) -> bool {
+        match self {
+            Self::Left(left) => *left == 0,
+            Self::Chunked(decoder) => decoder.is_done(),
+        }
+    }
 }
 
 impl Incoming {
     /// The body of a request that was just admitted.
     pub(super) fn new(head: Head, route: Route, share: Share, since_ns: u64) -> Self {
-        let coding = match head.body {
-            BodyLength::Known(len) => Coding::Left(len),
-            BodyLength::Chunked => Coding::Chunked(chunked::Decoder::new()),
-        };
+        let coding = Coding::new(head.body);
         Self { head, route, body: Vec::new(), since_ns, coding, share }
     }
 
     /// Takes what `rest` has of the body: how many bytes of it, 0 when nothing more can be taken.
     pub(super) fn take(&mut self, rest: &[u8], limit: usize) -> Result<usize, ApiError> {
-        let (used, data) = match &mut self.coding {
-            Coding::Left(left) => {
-                let wanted = usize::try_from(*left).unwrap_or(usize::MAX);
-                let data = rest.get(..wanted).unwrap_or(rest);
-                *left = left.saturating_sub(data.len() as u64);
-                (data.len(), data)
-            }
-            Coding::Chunked(decoder) => decoder.decode(rest).map_err(|error| {
-                ApiError::new(ErrorCode::MalformedRequest, format!("the body is not in chunks: {}", error.0))
-            })?,
-        };
+        let (used, data) = self.coding.take(rest)?;
         let len = self.body.len().saturating_add(data.len());
         if len > limit {
             return Err(too_large(limit));
@@ -66,10 +97,7 @@ impl Incoming {
     }
 
     pub(super) fn is_done(&self) -> bool {
-        match &self.coding {
-            Coding::Left(left) => *left == 0,
-            Coding::Chunked(decoder) => decoder.is_done(),
-        }
+        self.coding.is_done()
     }
 }
 

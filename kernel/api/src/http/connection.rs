@@ -13,6 +13,7 @@ use alloc::vec::Vec;
 use super::body::{Incoming, overloaded, too_large};
 use super::request::{self, BodyLength, Head, Method};
 use super::response::{Body, Framing, Response};
+use super::upload::{Progress, Upload};
 use crate::error::{ApiError, ErrorCode};
 use crate::jobs::{MIN_ROOM, ReadState};
 use crate::router::{self, Route};
@@ -77,6 +78,8 @@ enum State {
     },
     /// In the middle of a body.
     Body(Box<Incoming>),
+    /// In the middle of a body that goes on into a machine.
+    Upload(Box<Upload>),
     /// In the middle of an answer.
     Answer(Box<Outgoing>),
     /// The last answer is on its way, and what still comes is thrown away: closing now could make the peer's TCP forget
@@ -199,11 +202,16 @@ impl Connection {
         idle || self.standing < Standing::Known
     }
 
-    /// Whether it waits for a job's output: call [`Connection::advance`] whenever jobs went on.
+    /// Whether it waits for a job: call [`Connection::advance`] whenever jobs went on.
     #[must_use]
     pub fn is_following(&self) -> bool {
         match &self.state {
-            State::Answer(answer) => matches!(&answer.body, Body::Log(reader, _) if reader.follows()),
+            State::Answer(answer) => match &answer.body {
+                Body::Log(reader, _) => reader.follows(),
+                Body::Artifacts(_) => true,
+                _ => false,
+            },
+            State::Upload(_) => true,
             _ => false,
         }
     }
@@ -223,6 +231,7 @@ impl Connection {
                 None => idle_ns.saturating_add(IDLE_TIMEOUT_NS),
             }),
             State::Body(incoming) => Some(incoming.since_ns.saturating_add(REQUEST_TIMEOUT_NS)),
+            State::Upload(upload) => upload.deadline(),
             State::Linger { left, since_ns, .. } if self.tx.is_empty() => {
                 let over = *left == Some(0) || self.peer_closed;
                 Some(if over { *since_ns } else { self.linger_ends() })
@@ -261,7 +270,7 @@ impl Connection {
             if late(self.tx_progress_ns, STALL_TIMEOUT_NS) {
                 self.abort();
             }
-            if !matches!(self.state, State::Body(_)) {
+            if !matches!(self.state, State::Body(_) | State::Upload(_)) {
                 return;
             }
         }
@@ -317,6 +326,7 @@ impl Connection {
         match &self.state {
             State::Head { .. } => self.tx.is_empty() && self.read_head(api, node, now),
             State::Body(_) => self.read_body(api, node, now),
+            State::Upload(_) => self.pass_body_on(api, now),
             State::Answer(_) => self.write_body(api, now),
             State::Linger { .. } | State::Close | State::Abort => false,
         }
@@ -367,6 +377,17 @@ impl Connection {
                 _ => Ok(route),
             }
         });
+        let route = match route {
+            Ok(Route::PutWorkspace(id)) => match api.jobs.open_workspace(id, head.body.known()) {
+                Ok(sender) => {
+                    self.continue_if_expected(&head, now);
+                    self.state = State::Upload(Box::new(Upload::new(head, sender)));
+                    return true;
+                }
+                Err(error) => Err(error),
+            },
+            route => route,
+        };
         match (route, head.body) {
             (Ok(route), BodyLength::Known(0)) => self.answer(api, node, &head, &route, &[], now),
             (Err(error), BodyLength::Known(0)) => {
@@ -374,21 +395,43 @@ impl Connection {
                 self.send(Response::error(&error), &head, after, now);
             }
             (Ok(route), _) => {
-                if head.expects_continue && self.rx.is_empty() {
-                    self.tx.extend_from_slice(b"HTTP/1.1 100 Continue\r\n\r\n");
-                    self.tx_progress_ns = now.monotonic_ns;
-                }
+                self.continue_if_expected(&head, now);
                 let incoming = Incoming::new(head, route, api.bodies.share(), now.monotonic_ns);
                 self.state = State::Body(Box::new(incoming));
             }
             (Err(error), length) => {
-                let left = match length {
-                    BodyLength::Known(len) => Some(len.saturating_sub(self.rx.len() as u64)),
-                    BodyLength::Chunked => None,
-                };
+                let left = length.known().map(|len| len.saturating_sub(self.rx.len() as u64));
                 self.refuse(&error, is_1_1, left, now);
             }
         }
+        true
+    }
+
+    fn continue_if_expected(&mut self, head: &Head, now: Clock) {
+        if head.expects_continue && self.rx.is_empty() {
+            self.tx.extend_from_slice(b"HTTP/1.1 100 Continue\r\n\r\n");
+            self.tx_progress_ns = now.monotonic_ns;
+        }
+    }
+
+    fn pass_body_on(&mut self, api: &mut Api, now: Clock) -> bool {
+        let State::Upload(upload) = &mut self.state else { return false };
+        let (used, progress) = upload.pass_on(&self.rx, self.peer_closed, api, now);
+        self.rx.drain(..used.min(self.rx.len()));
+        let (is_1_1, whole) = (upload.head.is_1_1, upload.coding.is_done());
+        let (response, head) = match progress {
+            Progress::Later => return false,
+            // What is left of a body that is not wanted has to be read before another request can be.
+            Progress::Failed(error) if !whole => {
+                let left = upload.coding.left().map(|left| left.saturating_sub(self.rx.len() as u64));
+                self.refuse(&error, is_1_1, left, now);
+                return true;
+            }
+            Progress::Failed(error) => (Response::error(&error), upload.head.clone()),
+            Progress::Done(workspace) => (Response::json(200, &workspace), upload.head.clone()),
+        };
+        let after = if head.keep_alive { After::NextRequest } else { After::Close };
+        self.send(response, &head, after, now);
         true
     }
 
@@ -486,11 +529,11 @@ impl Connection {
             self.tx_sent = 0;
         }
         let room = TX_CHUNK.saturating_sub(self.tx.len());
-        let bytes: &[u8] = match &mut answer.body {
+        let bytes: &[u8] = match &answer.body {
             Body::None => &[],
             Body::Static(bytes) => bytes,
             Body::Bytes(bytes, _) => bytes,
-            Body::Log(reader, _) => {
+            Body::Log(..) | Body::Artifacts(_) => {
                 let overhead = if answer.framing == Framing::Chunked { CHUNK_OVERHEAD } else { 0 };
                 let room = room.saturating_sub(overhead);
                 if room < MIN_ROOM {
@@ -501,7 +544,11 @@ impl Connection {
                     self.tx.extend_from_slice(b"0000\r\n");
                 }
                 let content = self.tx.len();
-                let state = api.jobs.read_log(reader, &mut self.tx, room, now);
+                let state = match &mut answer.body {
+                    Body::Log(reader, _) => api.jobs.read_log(reader, &mut self.tx, room, now),
+                    Body::Artifacts(reader) => api.jobs.read_artifacts(reader, &mut self.tx, room, now),
+                    _ => ReadState::Done,
+                };
                 let len = self.tx.len().saturating_sub(content);
                 if len == 0 {
                     self.tx.truncate(start);

@@ -12,10 +12,11 @@ mod request;
 mod response;
 #[cfg(test)]
 mod tests;
+mod upload;
 
 pub use connection::{Connection, MAX_HEAD};
 
-pub(crate) use query::Query;
+pub(crate) use query::{Query, decode};
 pub(crate) use range::Wanted;
 pub(crate) use request::{Head, Method};
 pub(crate) use response::{Body, Response};

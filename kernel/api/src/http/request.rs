@@ -17,6 +17,7 @@ pub(crate) enum Method {
     Get,
     Head,
     Post,
+    Put,
     Delete,
     Other,
 }
@@ -28,6 +29,16 @@ pub(super) enum BodyLength {
     Known(u64),
     /// In chunks until the last.
     Chunked,
+}
+
+impl BodyLength {
+    /// The length, if the head says it.
+    pub(super) fn known(self) -> Option<u64> {
+        match self {
+            Self::Known(length) => Some(length),
+            Self::Chunked => None,
+        }
+    }
 }
 
 /// What a head says, as far as this API wants to know.
@@ -47,6 +58,7 @@ pub(crate) struct Head {
     pub(super) expects_continue: bool,
     pub(crate) authorization: Option<String>,
     pub(crate) content_type: Option<String>,
+    pub(crate) content_encoding: Option<String>,
     pub(crate) idempotency_key: Option<String>,
     pub(crate) accept: Option<String>,
     pub(crate) range: Option<String>,
@@ -81,6 +93,7 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Option<(Head, usize)>, ApiError> {
             "GET" => Method::Get,
             "HEAD" => Method::Head,
             "POST" => Method::Post,
+            "PUT" => Method::Put,
             "DELETE" => Method::Delete,
             _ => Method::Other,
         },
@@ -92,6 +105,7 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Option<(Head, usize)>, ApiError> {
         expects_continue: false,
         authorization: None,
         content_type: None,
+        content_encoding: None,
         idempotency_key: None,
         accept: None,
         range: None,
@@ -144,6 +158,8 @@ fn read_headers(head: &mut Head, headers: &[httparse::Header<'_>]) -> Result<(),
             once(name, &mut head.authorization, value()?.to_string())?;
         } else if name.eq_ignore_ascii_case("content-type") {
             once(name, &mut head.content_type, value()?.to_string())?;
+        } else if name.eq_ignore_ascii_case("content-encoding") {
+            once(name, &mut head.content_encoding, value()?.to_string())?;
         } else if name.eq_ignore_ascii_case("idempotency-key") {
             once(name, &mut head.idempotency_key, value()?.to_string())?;
         } else if name.eq_ignore_ascii_case("range") {

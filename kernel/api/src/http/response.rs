@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::budget::Share;
 use crate::error::ApiError;
-use crate::jobs::LogReader;
+use crate::jobs::{ArtifactReader, LogReader};
 use crate::time::{Clock, http_date};
 
 /// An answer that has yet to be sent.
@@ -30,6 +30,8 @@ pub(crate) enum Body {
     Bytes(Vec<u8>, Option<Share>),
     /// A log, or as much of it as was promised.
     Log(LogReader, Option<u64>),
+    /// What a machine sends of its files.
+    Artifacts(ArtifactReader),
 }
 
 /// How a body's end is told (RFC 9112, 6).
@@ -72,8 +74,8 @@ impl Response {
 
     pub(super) fn framing(&self, is_1_1: bool) -> Framing {
         match self.body {
-            Body::Log(_, None) if is_1_1 => Framing::Chunked,
-            Body::Log(_, None) => Framing::UntilClose,
+            Body::Log(_, None) | Body::Artifacts(_) if is_1_1 => Framing::Chunked,
+            Body::Log(_, None) | Body::Artifacts(_) => Framing::UntilClose,
             _ => Framing::Length,
         }
     }
@@ -94,8 +96,8 @@ impl Response {
             Body::Static(bytes) => line(&format!("Content-Length: {}", bytes.len())),
             Body::Bytes(bytes, _) => line(&format!("Content-Length: {}", bytes.len())),
             Body::Log(_, Some(len)) => line(&format!("Content-Length: {len}")),
-            Body::Log(_, None) if is_1_1 => line("Transfer-Encoding: chunked"),
-            Body::Log(_, None) => {}
+            Body::Log(_, None) | Body::Artifacts(_) if is_1_1 => line("Transfer-Encoding: chunked"),
+            Body::Log(_, None) | Body::Artifacts(_) => {}
         }
         // A log is whatever a job wrote; no browser shall take it for a page.
         line("X-Content-Type-Options: nosniff");
@@ -122,6 +124,7 @@ fn reason(status: u16) -> &'static str {
         405 => "Method Not Allowed",
         408 => "Request Timeout",
         409 => "Conflict",
+        410 => "Gone",
         413 => "Content Too Large",
         415 => "Unsupported Media Type",
         416 => "Range Not Satisfiable",

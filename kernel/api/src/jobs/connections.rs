@@ -156,8 +156,7 @@ impl JobStore {
         records: impl IntoIterator<Item = ConnectionRecord<'a>>,
         now: Clock,
     ) {
-        let total = self.jobs.values().fold(0_usize, |total, record| total.saturating_add(record.weight));
-        let mut room = self.limits.jobs_total_bytes.saturating_sub(total);
+        let mut room = self.limits.jobs_total_bytes.saturating_sub(self.weight());
         let Some(job) = self.jobs.get_mut(&id) else { return };
         for record in records {
             let before = job.connections.weight();

@@ -10,6 +10,7 @@ use alloc::string::{String, ToString};
 use alloc::sync::Weak;
 use alloc::vec::Vec;
 
+use super::artifacts::Keeping;
 use super::reader::Follower;
 use super::record::Record;
 use super::run::{Run, WINDOW};
@@ -139,7 +140,8 @@ impl JobStore {
         let Some(record) = self.jobs.get_mut(&id) else { return 0 };
         let Some(run) = record.run.as_ref().filter(|run| run.verdict().is_none()) else { return 0 };
         let buffered = run.decoder.buffered();
-        let mut capacity = WINDOW.saturating_sub(buffered);
+        let files = record.artifacts.as_ref().and_then(|keeping| keeping.room(buffered));
+        let mut capacity = WINDOW.saturating_sub(buffered).min(files.unwrap_or(WINDOW));
         let mut held = false;
         for follower in lagging(record, now).filter(|_| run.may_be_held(now)) {
             let kept = record.log.memory_from(follower);
@@ -157,9 +159,10 @@ impl JobStore {
 
     /// Takes bytes from the agent, no more than [`JobStore::receive_capacity`].
     pub fn receive(&mut self, id: JobId, bytes: &[u8], now: Clock) {
+        let room = self.limits.jobs_total_bytes.saturating_sub(self.weight());
         let Some(record) = self.jobs.get_mut(&id) else { return };
         let before = record.log.memory();
-        record.agent_sent(bytes, now);
+        record.agent_sent(bytes, room, now);
         self.bound_logs(id, before);
     }
 
@@ -202,7 +205,10 @@ impl JobStore {
                 let ends = follower.patience_ends();
                 (follower.cursor() < record.log.end() && ends > now.monotonic_ns).then_some(ends)
             });
-            record.run.as_ref().and_then(Run::deadline).into_iter().chain(patience).min()
+            let run = record.run.as_ref();
+            let files = record.artifacts.as_ref().filter(|_| run.is_some_and(Run::keeps_artifacts));
+            let others = files.map(Keeping::deadline).into_iter().chain(patience);
+            run.and_then(Run::deadline).into_iter().chain(others).min()
         };
         records.filter_map(deadline).min()
     }
@@ -217,7 +223,7 @@ impl JobStore {
     pub fn machine_ended(&mut self, id: JobId, report: MachineReport, now: Clock) {
         let Some(record) = self.jobs.get_mut(&id) else { return };
         let Some(run) = &record.run else { return };
-        let verdict = run.verdict().cloned();
+        let verdict = run.verdict().or(run.result()).cloned();
         let place = record.place();
         set_figures(record, report.exits, report.peak_mib);
         let (conclusion, reason) = match verdict {

@@ -4,6 +4,7 @@
 //! is in this file, the job engine's side ([`JobStore::start`], [`JobStore::receive`], [`JobStore::machine_ended`], ...)
 //! in `engine.rs`. A job becomes `completed` only when its machine is gone, so whoever sees that sees the memory back too.
 
+mod artifacts;
 mod connections;
 mod engine;
 mod id;
@@ -13,6 +14,7 @@ pub mod request;
 mod run;
 #[cfg(test)]
 mod tests;
+mod workspace;
 
 use alloc::collections::{BTreeMap, VecDeque};
 use alloc::format;
@@ -20,10 +22,12 @@ use alloc::string::{String, ToString};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
+pub use artifacts::ArtifactReader;
 pub use connections::ConnectionRecord;
 pub use engine::{MachineEnd, MachineReport, QueuedJob};
 pub use id::JobId;
 pub use reader::{LogReader, MIN_ROOM, ReadOptions, ReadState, Streams};
+pub use workspace::{Upload, WorkspaceSender};
 
 use record::Record;
 use request::Plan;
@@ -140,7 +144,7 @@ impl JobStore {
 
     /// Drops completed jobs, oldest first, until the descriptions of all have room for one more.
     fn make_room_for(&mut self, weight: usize) -> Result<(), ApiError> {
-        let total = self.jobs.values().fold(weight, |total, record| total.saturating_add(record.weight));
+        let total = self.weight().saturating_add(weight);
         let Some(mut excess) = total.checked_sub(self.limits.jobs_total_bytes) else { return Ok(()) };
         let mut in_the_way = 0_usize;
         for id in &self.completed {
@@ -159,6 +163,11 @@ impl JobStore {
             self.remove(oldest);
         }
         Ok(())
+    }
+
+    /// Bytes that all jobs' descriptions take, roughly.
+    fn weight(&self) -> usize {
+        self.jobs.values().fold(0, |total, record| total.saturating_add(record.weight))
     }
 
     /// How many jobs there are, of this status or all.
@@ -188,6 +197,8 @@ impl JobStore {
         let record = self.record(id)?;
         let mut job = record.job.clone();
         job.log = record.log.info();
+        job.workspace = record.show_workspace();
+        job.artifacts = record.show_artifacts();
         job.connections = record.connections.counts();
         if job.status == Status::Queued {
             let position = self.queue.iter().zip(1..).find(|(queued, _)| **queued == id);

@@ -5,11 +5,13 @@ use alloc::string::{String, ToString};
 use alloc::sync::Weak;
 use alloc::vec::Vec;
 
+use super::artifacts::Keeping;
 use super::connections::ConnectionLog;
 use super::id::JobId;
 use super::reader::Follower;
 use super::request::Plan;
 use super::run::Run;
+use super::workspace::Arrival;
 use crate::log::LogRing;
 use crate::time::{Clock, MILLISECOND, rfc3339};
 use crate::types::{
@@ -29,11 +31,15 @@ pub(super) struct Script {
 pub(super) struct Record {
     pub(super) id: JobId,
     pub(super) created_ns: u64,
-    /// What the API shows. `log`, `connections` and `queue_position` are filled in when it is shown.
+    /// What the API shows. What else is kept here, such as `log`, is filled in when it is shown.
     pub(super) job: Job,
     pub(super) script: Script,
     pub(super) log: LogRing,
     pub(super) connections: ConnectionLog,
+    /// There for a job with a workspace.
+    pub(super) workspace: Option<Arrival>,
+    /// There for a job with artifacts.
+    pub(super) artifacts: Option<Keeping>,
     /// There while the job is in progress.
     pub(super) run: Option<Run>,
     /// Those who read the log as it grows, as long as they live.
@@ -83,6 +89,8 @@ impl Record {
             exits: BTreeMap::from([("total".to_string(), 0)]),
             memory: JobMemory::default(),
             log: LogInfo::default(),
+            workspace: None,
+            artifacts: None,
             connections: ConnectionCounts::default(),
             queue_position: None,
             waiting_for: None,
@@ -94,6 +102,8 @@ impl Record {
             script: Script { steps: plan.steps, env: plan.env },
             log: LogRing::new(),
             connections: ConnectionLog::default(),
+            workspace: plan.workspace.then(Arrival::default),
+            artifacts: (!plan.artifacts.is_empty()).then(|| Keeping::new(plan.artifacts)),
             run: None,
             followers: Vec::new(),
             idempotency_key,
@@ -121,8 +131,9 @@ impl Record {
             .map(|step| size_of::<StepRequest>() + text(&step.name) + step.run.len() + env(&step.env));
         let scripts: usize = scripts.sum();
         let key = self.idempotency_key.as_ref().map_or(0, |key| 2 * key.len() + ENTRY_OVERHEAD);
+        let files = self.artifacts.as_ref().map_or(0, Keeping::weight);
         let network = job.network.egress.weight() + self.connections.weight();
-        JOB_OVERHEAD + names + labels + steps + scripts + env(&self.script.env) + key + network
+        JOB_OVERHEAD + names + labels + steps + scripts + env(&self.script.env) + key + files + network
     }
 
     /// Milliseconds since the job was created.
@@ -154,6 +165,12 @@ impl Record {
         self.job.completed_at = Some(rfc3339(now.unix_ns));
         self.job.timings.completed_ms = Some(self.elapsed_ms(now));
         self.run = None;
+        if let Some(arrival) = &mut self.workspace {
+            arrival.job_ended();
+        }
+        if let Some(keeping) = &mut self.artifacts {
+            keeping.job_ended();
+        }
         self.script = Script::default();
         self.followers = Vec::new();
         self.weight = self.weigh();

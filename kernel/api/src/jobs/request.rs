@@ -23,6 +23,10 @@ pub const MAX_RUN: usize = 256 * 1024;
 pub const MAX_STEPS: usize = bounded::MAX_LIST;
 /// Most labels of a job, and most bytes of one.
 pub const MAX_LABELS: usize = bounded::MAX_LIST;
+/// Most globs of artifacts of a job.
+pub const MAX_ARTIFACTS: usize = bounded::MAX_LIST;
+/// Most bytes of a glob of artifacts.
+pub const MAX_GLOB: usize = 1024;
 /// Most variables of one environment.
 pub const MAX_ENV: usize = bounded::MAX_ENV;
 /// Most bytes of a variable's value: what Linux takes for one string (`MAX_ARG_STRLEN`) with room for the name.
@@ -62,6 +66,10 @@ pub struct Plan {
     pub env: BTreeMap<String, String>,
     /// What the machine may reach.
     pub egress: Egress,
+    /// Whether the steps wait for a workspace.
+    pub workspace: bool,
+    /// Globs of files to keep after the last step.
+    pub artifacts: Vec<String>,
 }
 
 /// Parses a request's body.
@@ -130,6 +138,7 @@ pub fn plan(request: JobRequest, images: &[Image], max_memory_mib: u32) -> Resul
     check.machine(machine_config, max_memory_mib);
     check.env("env", &request.env);
     check.steps(&request.steps, &request.env);
+    check.artifacts(&request.artifacts);
     if !check.errors.is_empty() {
         return Err(ApiError::validation(check.errors));
     }
@@ -147,6 +156,8 @@ pub fn plan(request: JobRequest, images: &[Image], max_memory_mib: u32) -> Resul
         steps,
         env: request.env,
         egress: request.network.unwrap_or_default().egress,
+        workspace: request.workspace,
+        artifacts: request.artifacts,
     })
 }
 
@@ -241,6 +252,25 @@ impl Check {
         if let Some(disk) = config.disk_size_mib.filter(|disk| !DISK_MIB.contains(disk)) {
             let (least, most) = (DISK_MIB.start(), DISK_MIB.end());
             self.add("machine_config.disk_size_mib", format!("is {disk}; give {least} to {most} MiB"));
+        }
+    }
+
+    fn artifacts(&mut self, globs: &[String]) {
+        for (index, glob) in globs.iter().enumerate().take(MAX_ARTIFACTS) {
+            let field = format!("artifacts[{index}]");
+            let before = self.errors.len();
+            self.text(&field, glob, MAX_GLOB);
+            if self.errors.len() > before {
+                continue;
+            }
+            if glob.starts_with('/') {
+                self.add(
+                    &field,
+                    "is absolute; give a path or glob relative to the workspace, such as dist/**",
+                );
+            } else if glob.split('/').any(|part| part == "..") {
+                self.add(&field, "has a part '..'; artifacts are files in the workspace");
+            }
         }
     }
 
@@ -483,6 +513,16 @@ mod tests {
             ),
             (json!({"steps": [step], "labels": vec!["l"; 101]}), "labels", "at most 100"),
             (json!({"steps": [step], "labels": ["a", ""]}), "labels[1]", "must not be empty"),
+            (json!({"steps": [step], "artifacts": vec!["a"; 101]}), "artifacts", "at most 100"),
+            (json!({"steps": [step], "artifacts": ["a", ""]}), "artifacts[1]", "must not be empty"),
+            (json!({"steps": [step], "artifacts": ["a".repeat(1025)]}), "artifacts[0]", "at most 1024"),
+            (
+                json!({"steps": [step], "artifacts": ["/etc/passwd"]}),
+                "artifacts[0]",
+                "relative to the workspace",
+            ),
+            (json!({"steps": [step], "artifacts": ["a/../../b"]}), "artifacts[0]", "'..'"),
+            (json!({"steps": [step], "workspace": "."}), "workspace", "expected a boolean"),
             (json!({"steps": [step], "timeout_seconds": 0}), "timeout_seconds", "give 1 to 86400"),
             (json!({"steps": [step], "timeout_seconds": 86401}), "timeout_seconds", "give 1 to 86400"),
             (json!({"steps": [{"run": "a", "timeout_seconds": 0}]}), "steps[0].timeout_seconds", "give 1 to"),

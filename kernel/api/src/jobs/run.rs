@@ -8,6 +8,7 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
 use super::record::Record;
+use super::workspace::BEGIN_NS;
 use crate::agent::{AgentMessage, Decoder, HostMessage, PROTOCOL, RunStep, StepCompleted};
 use crate::json::short;
 use crate::log::Stream;
@@ -53,8 +54,12 @@ struct FirstFailure {
 enum Phase {
     /// Until the agent says hello.
     Booting { deadline: u64 },
+    /// The machine is ready for the workspace, which a client has to begin to send.
+    Workspace { begin_by: u64 },
     /// A step is with the agent.
     Step { index: usize, started: bool, backstop: Option<u64> },
+    /// The steps are over, and the machine is kept for their artifacts.
+    Artifacts,
     /// The verdict is there.
     Over,
 }
@@ -83,6 +88,8 @@ pub(super) struct Run {
     held_ns: u64,
     held_since: Option<u64>,
     failed: Option<FirstFailure>,
+    /// What the steps gave, while the machine is kept for their artifacts: it stands, whatever happens after.
+    result: Option<Verdict>,
     verdict: Option<Verdict>,
 }
 
@@ -101,6 +108,7 @@ impl Run {
             held_ns: 0,
             held_since: None,
             failed: None,
+            result: None,
             verdict: None,
         }
     }
@@ -109,8 +117,37 @@ impl Run {
         self.verdict.as_ref()
     }
 
+    /// What the steps gave, while the machine is kept for their artifacts.
+    pub(super) fn result(&self) -> Option<&Verdict> {
+        self.result.as_ref()
+    }
+
+    /// Whether the machine is kept for artifacts.
+    pub(super) fn keeps_artifacts(&self) -> bool {
+        matches!(self.phase, Phase::Artifacts)
+    }
+
     pub(super) fn agent_connected(&mut self) {
         self.connected = true;
+    }
+
+    /// Whether the workspace is what the machine is ready for.
+    pub(super) fn takes_workspace(&self) -> bool {
+        matches!(self.phase, Phase::Workspace { .. })
+    }
+
+    /// Has something for the agent. What is too long for a frame was refused when the job was created.
+    pub(super) fn say(&mut self, message: &HostMessage) {
+        if self.sent > 0 {
+            self.outgoing.drain(..self.sent.min(self.outgoing.len()));
+            self.sent = 0;
+        }
+        match message.encode() {
+            Ok(frame) => self.outgoing.extend_from_slice(&frame),
+            Err(error) => {
+                self.end(Conclusion::SystemFailure, None, Some(format!("the agent cannot be told: {error}")))
+            }
+        }
     }
 
     /// Bytes for the agent.
@@ -130,6 +167,8 @@ impl Run {
     pub(super) fn deadline(&self) -> Option<u64> {
         let phase = match self.phase {
             Phase::Booting { deadline } => Some(deadline),
+            Phase::Workspace { begin_by } => Some(begin_by),
+            Phase::Artifacts => return self.hang_up_deadline,
             Phase::Step { backstop, .. } => {
                 let hold = if self.held_since.is_some() { self.hold_left() } else { 0 };
                 backstop.map(|backstop| backstop.saturating_add(hold))
@@ -179,9 +218,10 @@ impl Run {
         }
     }
 
-    fn end(&mut self, conclusion: Conclusion, exit_code: Option<i32>, reason: Option<String>) {
+    pub(super) fn end(&mut self, conclusion: Conclusion, exit_code: Option<i32>, reason: Option<String>) {
         if self.verdict.is_none() {
-            self.verdict = Some(Verdict { conclusion, exit_code, reason });
+            let result = self.result.take();
+            self.verdict = Some(result.unwrap_or(Verdict { conclusion, exit_code, reason }));
         }
         self.phase = Phase::Over;
         self.decoder = Decoder::new();
@@ -191,8 +231,8 @@ impl Run {
 }
 
 impl Record {
-    /// Takes bytes from the agent.
-    pub(super) fn agent_sent(&mut self, bytes: &[u8], now: Clock) {
+    /// Takes bytes from the agent. `room` is what its list of artifacts may take, in bytes.
+    pub(super) fn agent_sent(&mut self, bytes: &[u8], room: usize, now: Clock) {
         if let Some(run) = &mut self.run
             && run.verdict.is_none()
         {
@@ -205,19 +245,25 @@ impl Record {
                 Err(error) => Err(error),
             };
             match message {
-                Ok(message) => self.agent_said(message, now),
+                Ok(message) => self.agent_said(message, room, now),
                 Err(error) => self.protocol_broken(&error.to_string()),
             }
         }
     }
 
-    fn agent_said(&mut self, message: AgentMessage, now: Clock) {
+    fn agent_said(&mut self, message: AgentMessage, room: usize, now: Clock) {
         let Some(phase) = self.run.as_ref().map(|run| run.phase) else { return };
         match (message, phase) {
             (AgentMessage::Hello(hello), Phase::Booting { .. }) => {
                 if hello.protocol == PROTOCOL {
                     self.job.timings.agent_ready_ms = Some(self.elapsed_ms(now));
-                    self.next_step(0, now);
+                    match &mut self.run {
+                        Some(run) if self.workspace.is_some() => {
+                            let begin_by = now.monotonic_ns.saturating_add(BEGIN_NS);
+                            run.phase = Phase::Workspace { begin_by };
+                        }
+                        _ => self.next_step(0, now),
+                    }
                 } else {
                     let theirs = hello.protocol;
                     self.system_failure(format!(
@@ -243,26 +289,42 @@ impl Record {
             {
                 self.step_completed(index, said, now);
             }
+            (AgentMessage::WorkspaceUnpacked(said), Phase::Workspace { .. }) => {
+                if self.workspace_unpacked(said) {
+                    self.next_step(0, now);
+                } else {
+                    self.protocol_broken("WorkspaceUnpacked before the workspace's end");
+                }
+            }
+            (AgentMessage::WorkspaceFailed(failed), Phase::Workspace { .. }) => {
+                self.workspace_failed(&short(&failed.message, MAX_MESSAGE));
+            }
+            (
+                said @ (AgentMessage::ArtifactList(_)
+                | AgentMessage::ArtifactData(_)
+                | AgentMessage::ArtifactsSent(_)),
+                Phase::Artifacts,
+            ) => {
+                let kind = said.kind();
+                if !self.artifacts_said(said, room, now) {
+                    self.protocol_broken(&format!("{kind:?} that was not asked for"));
+                }
+            }
             (AgentMessage::Failure(failure), _) => {
                 let message = short(&failure.message, MAX_MESSAGE);
                 let place = self.place();
                 self.system_failure(format!("the agent gave up{place}: {message}"));
             }
             (message, phase) => {
-                let name = match message {
-                    AgentMessage::Hello(_) => "Hello",
-                    AgentMessage::StepStarted(_) => "StepStarted",
-                    AgentMessage::Stdout(_) => "Stdout",
-                    AgentMessage::Stderr(_) => "Stderr",
-                    AgentMessage::StepCompleted(_) => "StepCompleted",
-                    AgentMessage::Failure(_) => "Failure",
-                };
+                let name = message.kind();
                 let when = match phase {
                     Phase::Booting { .. } => "before Hello",
+                    Phase::Workspace { .. } => "before the workspace was there",
+                    Phase::Artifacts => "after the last step",
                     Phase::Step { started: false, .. } => "before the step started",
                     _ => "in the middle of a step",
                 };
-                self.protocol_broken(&format!("unexpected {name} {when}"));
+                self.protocol_broken(&format!("unexpected {name:?} {when}"));
             }
         }
     }
@@ -334,7 +396,7 @@ impl Record {
         loop {
             let Some(run) = &mut self.run else { return };
             let (failed, cancelled) = (run.failed.is_some(), run.cancel.is_some());
-            let Some(step) = self.script.steps.get(index) else { return self.last_step_done() };
+            let Some(step) = self.script.steps.get(index) else { return self.last_step_done(now) };
             let runs = match step.condition.unwrap_or_default() {
                 Condition::Always => true,
                 Condition::Success => !failed && !cancelled,
@@ -357,13 +419,12 @@ impl Record {
                 timeout_seconds: step.timeout_seconds,
                 working_directory: None,
             });
-            let frame = match message.encode() {
-                Ok(frame) => frame,
-                Err(error) => return self.system_failure(format!("a step cannot be sent: {error}")),
-            };
             shown.status = Status::InProgress;
             shown.started_at = Some(rfc3339(now.unix_ns));
-            run.outgoing.extend_from_slice(&frame);
+            run.say(&message);
+            if run.verdict.is_some() {
+                return;
+            }
             let limit = step.timeout_seconds.map(|seconds| u64::from(seconds).saturating_mul(SECOND));
             let backstop =
                 limit.map(|limit| now.monotonic_ns.saturating_add(limit).saturating_add(STEP_BACKSTOP_NS));
@@ -376,18 +437,27 @@ impl Record {
         }
     }
 
-    fn last_step_done(&mut self) {
+    fn last_step_done(&mut self, now: Clock) {
         let Some(run) = &mut self.run else { return };
         if run.cancel.is_some() {
             return run.end(Conclusion::Cancelled, None, Some(CANCELLED.to_string()));
         }
-        match run.failed.take() {
-            None => run.end(Conclusion::Success, Some(0), None),
-            Some(failure) if failure.timed_out => {
-                run.end(Conclusion::TimedOut, None, Some(failure.reason));
-            }
-            Some(failure) => run.end(Conclusion::Failure, failure.exit_code, Some(failure.reason)),
+        let (conclusion, exit_code, reason) = match run.failed.take() {
+            None => (Conclusion::Success, Some(0), None),
+            Some(failure) if failure.timed_out => (Conclusion::TimedOut, None, Some(failure.reason)),
+            Some(failure) => (Conclusion::Failure, failure.exit_code, Some(failure.reason)),
+        };
+        run.result = Some(Verdict { conclusion, exit_code, reason });
+        run.phase = Phase::Artifacts;
+        if !self.gather_artifacts(now) {
+            self.end_with_result();
         }
+    }
+
+    /// Ends a run whose steps are over with what they gave.
+    pub(super) fn end_with_result(&mut self) {
+        // `end` takes the result for what is said here.
+        self.system_failure("the steps have no result".to_string());
     }
 
     /// Somebody cancelled the job while it runs.
@@ -401,10 +471,7 @@ impl Record {
         }
         let deadline = now.monotonic_ns.saturating_add(CANCEL_STEP_NS);
         run.cancel = Some(Cancel { deadline, cleaning_up: false });
-        match HostMessage::CancelStep.encode() {
-            Ok(frame) => run.outgoing.extend_from_slice(&frame),
-            Err(_) => run.end(Conclusion::Cancelled, None, Some(CANCELLED.to_string())),
-        }
+        run.say(&HostMessage::CancelStep);
     }
 
     /// The agent's connection is gone. Its machine may yet say why.
@@ -421,11 +488,16 @@ impl Record {
         let place = self.place();
         let (timeout, step) = (self.job.timeout_seconds, self.run.as_ref().and_then(Run::step));
         let step_name = step.map(|index| self.step_name(index));
+        match self.run.as_ref().filter(|run| run.verdict.is_none()).map(|run| run.phase) {
+            Some(Phase::Workspace { begin_by }) => self.workspace_timers(begin_by, now),
+            Some(Phase::Artifacts) => self.artifact_timers(now),
+            _ => {}
+        }
         let Some(run) = self.run.as_mut().filter(|run| run.verdict.is_none()) else { return };
         let due = |deadline: Option<u64>| deadline.is_some_and(|deadline| deadline <= now.monotonic_ns);
         if due(run.cancel.map(|cancel| cancel.deadline)) {
             run.end(Conclusion::Cancelled, None, Some(CANCELLED.to_string()));
-        } else if due(Some(run.job_deadline)) {
+        } else if due(Some(run.job_deadline)) && run.result.is_none() {
             let reason = format!("the job ran longer than its timeout_seconds of {timeout}");
             run.end(Conclusion::TimedOut, None, Some(reason));
         } else if due(run.hang_up_deadline) {
@@ -463,6 +535,7 @@ impl Record {
         match self.run.as_ref().map(|run| run.phase) {
             Some(Phase::Step { index, .. }) => format!(" during {}", self.step_name(index)),
             Some(Phase::Booting { .. }) => " before the agent was ready".to_string(),
+            Some(Phase::Workspace { .. }) => " before the workspace was there".to_string(),
             _ => String::new(),
         }
     }

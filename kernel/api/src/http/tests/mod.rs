@@ -1,10 +1,12 @@
 //! Connections from the peer's side: what is sent, what comes back, and when.
 
+mod artifacts;
 mod limits;
 mod logs;
 mod messages;
 mod random;
 mod requests;
+mod workspace;
 
 use alloc::format;
 use alloc::string::{String, ToString};

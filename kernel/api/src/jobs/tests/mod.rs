@@ -1,10 +1,12 @@
 //! The store and the run, from the engine's and from the API's side.
 
+mod artifacts;
 mod cancel;
 mod followers;
 mod random;
 mod run;
 mod store;
+mod workspace;
 
 use alloc::vec;
 use proptest::prelude::*;
@@ -12,7 +14,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::agent::{AgentMessage, Failure, Hello, HostMessage, StepCompleted};
 use crate::testing::*;
-use crate::types::{Condition, JobRequest, StepConclusion, StepRequest};
+use crate::types::{ArtifactsStatus, Condition, JobRequest, StepConclusion, StepRequest, WorkspaceStatus};
 
 fn store() -> JobStore {
     JobStore::new(Limits::default())

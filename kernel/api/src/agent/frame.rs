@@ -1,57 +1,58 @@
-//! The protocol between the node and the agent in a guest: frames over one vsock stream.
+//! Frames: how messages lie in a stream of bytes, and how they come out of it.
 //!
-//! A frame is a little-endian `u32` payload length, one byte of [`Kind`], and the payload. The agent connects from
-//! [`GUEST_CID`] to [`HOST_CID`], port [`PORT`], and says [`Hello`]; from then on the node sends one [`RunStep`] at a time and
-//! the agent answers with [`StepStarted`], any amount of output, and one [`StepCompleted`] after all of that output.
-//!
-//! Both ends distrust each other: lengths are checked before anything is kept, and an unknown kind ends the conversation.
+//! A frame is a little-endian `u32` payload length, one byte of [`Kind`], and the payload.
 
-use alloc::collections::BTreeMap;
 use alloc::string::String;
 use alloc::vec::Vec;
 use core::fmt;
 
-use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
-
-use crate::json;
-
-/// The node's address on a machine's vsock (fixed by the virtio specification, 5.10.4).
-pub const HOST_CID: u32 = 2;
-/// The guest's address on its vsock. Every machine has the same: machines cannot see each other.
-pub const GUEST_CID: u32 = 3;
-/// The vsock port the node listens on.
-pub const PORT: u32 = 1024;
-/// The version of this protocol, as said in [`Hello::protocol`].
-pub const PROTOCOL: u32 = 1;
-
 /// Bytes before a payload: its length and its kind.
 pub const HEADER_LEN: usize = 5;
-/// Most payload bytes in any frame but [`Kind::RunStep`].
+/// Most payload bytes in any frame but [`Kind::RunStep`] and [`Kind::ListArtifacts`].
 pub const MAX_PAYLOAD: usize = 64 * 1024;
-/// Most payload bytes in a [`Kind::RunStep`] frame.
+/// Most payload bytes in a [`Kind::RunStep`] or [`Kind::ListArtifacts`] frame.
 pub const MAX_RUN_STEP: usize = 1024 * 1024;
 
 /// What a frame carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Kind {
-    /// Node to agent: a [`RunStep`] as JSON.
+    /// Node to agent: a [`RunStep`](super::RunStep) as JSON.
     RunStep = 0x01,
     /// Node to agent, empty: end the running step (SIGTERM to its process group, SIGKILL 2.5 s later).
     CancelStep = 0x02,
-    /// Agent to node, once, first: a [`Hello`] as JSON.
+    /// Node to agent: the next bytes of the workspace's tar. No step runs before it is unpacked.
+    WorkspaceData = 0x03,
+    /// Node to agent, empty: that was all of the tar.
+    WorkspaceEnd = 0x04,
+    /// Node to agent, after the last step: a [`ListArtifacts`](super::ListArtifacts) as JSON.
+    ListArtifacts = 0x05,
+    /// Node to agent: a [`SendArtifacts`](super::SendArtifacts) as JSON.
+    SendArtifacts = 0x06,
+    /// Node to agent, empty: nobody wants the rest of what is being sent.
+    StopArtifacts = 0x07,
+    /// Agent to node, once, first: a [`Hello`](super::Hello) as JSON.
     Hello = 0x81,
-    /// Agent to node: a [`StepStarted`] as JSON.
+    /// Agent to node: a [`StepStarted`](super::StepStarted) as JSON.
     StepStarted = 0x82,
     /// Agent to node: bytes of the running step's standard output.
     Stdout = 0x83,
     /// Agent to node: bytes of the running step's standard error.
     Stderr = 0x84,
-    /// Agent to node, after all of a step's output: a [`StepCompleted`] as JSON.
+    /// Agent to node, after all of a step's output: a [`StepCompleted`](super::StepCompleted) as JSON.
     StepCompleted = 0x85,
-    /// Agent to node: a [`Failure`] as JSON. The agent cannot go on.
+    /// Agent to node: a [`Failure`](super::Failure) as JSON. The agent cannot go on.
     Failure = 0x86,
+    /// Agent to node, once the whole tar is unpacked: a [`WorkspaceUnpacked`](super::WorkspaceUnpacked) as JSON.
+    WorkspaceUnpacked = 0x87,
+    /// Agent to node: a [`WorkspaceFailed`](super::WorkspaceFailed) as JSON. What still comes of the tar is thrown away.
+    WorkspaceFailed = 0x88,
+    /// Agent to node: an [`ArtifactList`](super::ArtifactList) as JSON.
+    ArtifactList = 0x89,
+    /// Agent to node: the next bytes of what was asked for by `SendArtifacts`.
+    ArtifactData = 0x8a,
+    /// Agent to node: an [`ArtifactsSent`](super::ArtifactsSent) as JSON. Nothing more comes of it.
+    ArtifactsSent = 0x8b,
 }
 
 impl Kind {
@@ -61,12 +62,22 @@ impl Kind {
         Some(match code {
             0x01 => Self::RunStep,
             0x02 => Self::CancelStep,
+            0x03 => Self::WorkspaceData,
+            0x04 => Self::WorkspaceEnd,
+            0x05 => Self::ListArtifacts,
+            0x06 => Self::SendArtifacts,
+            0x07 => Self::StopArtifacts,
             0x81 => Self::Hello,
             0x82 => Self::StepStarted,
             0x83 => Self::Stdout,
             0x84 => Self::Stderr,
             0x85 => Self::StepCompleted,
             0x86 => Self::Failure,
+            0x87 => Self::WorkspaceUnpacked,
+            0x88 => Self::WorkspaceFailed,
+            0x89 => Self::ArtifactList,
+            0x8a => Self::ArtifactData,
+            0x8b => Self::ArtifactsSent,
             _ => return None,
         })
     }
@@ -80,93 +91,11 @@ impl Kind {
     /// Most payload bytes a frame of this kind may have.
     #[must_use]
     pub fn max_payload(self) -> usize {
-        if self == Self::RunStep { MAX_RUN_STEP } else { MAX_PAYLOAD }
+        match self {
+            Self::RunStep | Self::ListArtifacts => MAX_RUN_STEP,
+            _ => MAX_PAYLOAD,
+        }
     }
-}
-
-/// Node to agent: run one step.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RunStep {
-    /// The step's place in the job, from 0.
-    pub index: u32,
-    /// The shell script to run.
-    pub run: String,
-    /// Variables added to the agent's base environment.
-    #[serde(default)]
-    pub env: BTreeMap<String, String>,
-    /// Seconds until the agent ends the step by itself; none: as long as it takes.
-    #[serde(default)]
-    pub timeout_seconds: Option<u32>,
-    /// Where the step starts; none: the agent's default work directory.
-    #[serde(default)]
-    pub working_directory: Option<String>,
-}
-
-/// Agent to node: the first frame of a connection.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Hello {
-    /// The protocol version the agent speaks; has to be [`PROTOCOL`].
-    pub protocol: u32,
-    /// The agent's version.
-    pub agent: String,
-    /// The guest kernel's release, as `uname -r` prints it.
-    pub kernel: String,
-}
-
-/// Agent to node: a step's process runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct StepStarted {
-    /// The step's place in the job, from 0.
-    pub index: u32,
-}
-
-/// Agent to node: a step's process is gone and all of its output has been sent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct StepCompleted {
-    /// The step's place in the job, from 0.
-    pub index: u32,
-    /// The exit code, when the process exited.
-    #[serde(default)]
-    pub exit_code: Option<i32>,
-    /// The signal, when one killed the process.
-    #[serde(default)]
-    pub signal: Option<i32>,
-    /// Whether the agent ended the step because of its `timeout_seconds`.
-    #[serde(default)]
-    pub timed_out: bool,
-}
-
-/// Agent to node: the agent cannot go on.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Failure {
-    /// What happened, for a person to read.
-    pub message: String,
-}
-
-/// A message from the node, typed.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum HostMessage {
-    /// Run one step.
-    RunStep(RunStep),
-    /// End the running step.
-    CancelStep,
-}
-
-/// A message from the agent, typed.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum AgentMessage {
-    /// The first message of a connection.
-    Hello(Hello),
-    /// A step's process runs.
-    StepStarted(StepStarted),
-    /// Bytes of standard output.
-    Stdout(Vec<u8>),
-    /// Bytes of standard error.
-    Stderr(Vec<u8>),
-    /// A step is over.
-    StepCompleted(StepCompleted),
-    /// The agent cannot go on.
-    Failure(Failure),
 }
 
 /// Why a stream of frames cannot be read on. The connection is of no more use after one.
@@ -235,77 +164,6 @@ pub fn header(kind: Kind, len: usize) -> Result<[u8; HEADER_LEN], ProtocolError>
     let wire_len = u32::try_from(len).ok().filter(|_| len <= kind.max_payload());
     let [a, b, c, d] = wire_len.ok_or(ProtocolError::TooLong { kind, len })?.to_le_bytes();
     Ok([a, b, c, d, kind.code()])
-}
-
-fn encode_json<T: Serialize>(kind: Kind, message: &T) -> Result<Vec<u8>, ProtocolError> {
-    let json = serde_json::to_vec(message).map_err(|error| malformed(kind, &error))?;
-    encode(kind, &json)
-}
-
-fn decode_json<T: DeserializeOwned>(frame: &Frame) -> Result<T, ProtocolError> {
-    json::from_slice(&frame.payload).map_err(|error| malformed(frame.kind, &error))
-}
-
-fn malformed(kind: Kind, error: &impl fmt::Display) -> ProtocolError {
-    ProtocolError::Malformed { kind, message: json::short(error, json::MAX_MESSAGE) }
-}
-
-impl HostMessage {
-    /// This message as one frame's bytes.
-    ///
-    /// # Errors
-    /// [`ProtocolError::TooLong`] when a step's JSON exceeds [`MAX_RUN_STEP`].
-    pub fn encode(&self) -> Result<Vec<u8>, ProtocolError> {
-        match self {
-            Self::RunStep(step) => encode_json(Kind::RunStep, step),
-            Self::CancelStep => encode(Kind::CancelStep, &[]),
-        }
-    }
-
-    /// The message in a frame that the agent received.
-    ///
-    /// # Errors
-    /// [`ProtocolError::Unexpected`] for an agent's kind, [`ProtocolError::Malformed`] for a payload that does not parse.
-    pub fn decode(frame: &Frame) -> Result<Self, ProtocolError> {
-        match frame.kind {
-            Kind::RunStep => Ok(Self::RunStep(decode_json(frame)?)),
-            Kind::CancelStep => Ok(Self::CancelStep),
-            other => Err(ProtocolError::Unexpected(other)),
-        }
-    }
-}
-
-impl AgentMessage {
-    /// This message as one frame's bytes.
-    ///
-    /// # Errors
-    /// [`ProtocolError::TooLong`] when output or a message exceeds [`MAX_PAYLOAD`].
-    pub fn encode(&self) -> Result<Vec<u8>, ProtocolError> {
-        match self {
-            Self::Hello(hello) => encode_json(Kind::Hello, hello),
-            Self::StepStarted(started) => encode_json(Kind::StepStarted, started),
-            Self::Stdout(bytes) => encode(Kind::Stdout, bytes),
-            Self::Stderr(bytes) => encode(Kind::Stderr, bytes),
-            Self::StepCompleted(completed) => encode_json(Kind::StepCompleted, completed),
-            Self::Failure(failure) => encode_json(Kind::Failure, failure),
-        }
-    }
-
-    /// The message in a frame that the node received.
-    ///
-    /// # Errors
-    /// [`ProtocolError::Unexpected`] for a node's kind, [`ProtocolError::Malformed`] for a payload that does not parse.
-    pub fn decode(frame: Frame) -> Result<Self, ProtocolError> {
-        match frame.kind {
-            Kind::Hello => Ok(Self::Hello(decode_json(&frame)?)),
-            Kind::StepStarted => Ok(Self::StepStarted(decode_json(&frame)?)),
-            Kind::Stdout => Ok(Self::Stdout(frame.payload)),
-            Kind::Stderr => Ok(Self::Stderr(frame.payload)),
-            Kind::StepCompleted => Ok(Self::StepCompleted(decode_json(&frame)?)),
-            Kind::Failure => Ok(Self::Failure(decode_json(&frame)?)),
-            other => Err(ProtocolError::Unexpected(other)),
-        }
-    }
 }
 
 /// Frames out of a stream of bytes, however the stream was cut up.
@@ -395,7 +253,6 @@ impl Decoder {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use alloc::string::ToString;
     use alloc::vec;
     use proptest::prelude::*;
 
@@ -419,59 +276,6 @@ mod tests {
                 assert_eq!(kind.code(), code);
             }
         }
-    }
-
-    #[test]
-    fn messages_survive_the_wire() {
-        let host = [
-            HostMessage::RunStep(RunStep {
-                index: 3,
-                run: "echo 'ä'\n".into(),
-                env: [("A".to_string(), "b c".to_string())].into(),
-                timeout_seconds: Some(9),
-                working_directory: None,
-            }),
-            HostMessage::CancelStep,
-        ];
-        let agent = [
-            AgentMessage::Hello(Hello { protocol: 1, agent: "0.1.0".into(), kernel: "6.1".into() }),
-            AgentMessage::StepStarted(StepStarted { index: 0 }),
-            AgentMessage::Stdout(vec![0, 255, b'\n']),
-            AgentMessage::Stderr(vec![]),
-            AgentMessage::StepCompleted(StepCompleted {
-                index: 0,
-                exit_code: None,
-                signal: Some(9),
-                timed_out: true,
-            }),
-            AgentMessage::Failure(Failure { message: "no memory".into() }),
-        ];
-        let mut decoder = Decoder::new();
-        for message in &host {
-            decoder.push(&message.encode().unwrap());
-            let frame = decoder.next_frame().unwrap().unwrap();
-            assert_eq!(&HostMessage::decode(&frame).unwrap(), message);
-        }
-        for message in &agent {
-            decoder.push(&message.encode().unwrap());
-            let frame = decoder.next_frame().unwrap().unwrap();
-            assert_eq!(&AgentMessage::decode(frame).unwrap(), message);
-        }
-    }
-
-    #[test]
-    fn a_message_for_the_other_end_is_refused() {
-        let frame = Frame { kind: Kind::CancelStep, payload: vec![] };
-        assert_eq!(AgentMessage::decode(frame), Err(ProtocolError::Unexpected(Kind::CancelStep)));
-        let frame = Frame { kind: Kind::Stdout, payload: vec![] };
-        assert_eq!(HostMessage::decode(&frame), Err(ProtocolError::Unexpected(Kind::Stdout)));
-    }
-
-    #[test]
-    fn a_payload_that_is_not_its_json_is_refused() {
-        let frame = Frame { kind: Kind::Hello, payload: b"{}".to_vec() };
-        let error = AgentMessage::decode(frame).unwrap_err();
-        assert!(error.to_string().starts_with("malformed Hello frame: missing field `protocol`"), "{error}");
     }
 
     #[test]
