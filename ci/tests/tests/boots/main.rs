@@ -7,6 +7,7 @@ mod boot;
 mod disk;
 mod e1000;
 mod exits;
+mod files;
 mod guest;
 mod jobs;
 mod leak;

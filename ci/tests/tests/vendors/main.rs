@@ -4,6 +4,7 @@
 //! longer than they do.
 
 mod disk;
+mod files;
 mod job;
 mod smoke;
 
