@@ -110,7 +110,7 @@ pub(crate) fn create_job(
     let created = match before {
         Some(id) => Created::Before(id),
         None => {
-            let plan = request::plan(request, &node.images(), node.max_machine_memory_mib())?;
+            let plan = request::plan(request, &node.images(), node.largest_machine())?;
             let mut bytes = [0; 16];
             node.random(&mut bytes);
             api.jobs.create(JobId::from_bytes(bytes), plan, key, now)?

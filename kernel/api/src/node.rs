@@ -2,6 +2,7 @@
 
 use alloc::vec::Vec;
 
+use crate::jobs::request::LargestMachine;
 use crate::types::{Host, Image};
 
 /// The node behind the API. The kernel's service implements it; tests have one of their own.
@@ -14,8 +15,8 @@ pub trait Node {
     fn host(&self) -> Host;
     /// The images machines can boot.
     fn images(&self) -> Vec<Image>;
-    /// The largest `mem_size_mib` a machine can ever get here, in MiB.
-    fn max_machine_memory_mib(&self) -> u32;
+    /// What a machine can ever get here.
+    fn largest_machine(&self) -> LargestMachine;
     /// Fills `into` with unpredictable bytes, for identifiers.
     fn random(&mut self, into: &mut [u8]);
 }

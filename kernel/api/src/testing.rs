@@ -5,6 +5,7 @@ use alloc::vec;
 use alloc::vec::Vec;
 
 use crate::agent::{self, AgentMessage, HostMessage};
+use crate::jobs::request::LargestMachine;
 use crate::jobs::{JobId, JobStore, MachineEnd, MachineReport, request};
 use crate::time::{Clock, MILLISECOND, SECOND};
 use crate::types::{
@@ -61,8 +62,8 @@ impl Node for FakeNode {
         vec![Image { name: "minimal".into(), version: "1".into(), ..Image::default() }]
     }
 
-    fn max_machine_memory_mib(&self) -> u32 {
-        1024
+    fn largest_machine(&self) -> LargestMachine {
+        LargestMachine { memory_mib: 1024, vcpus: 8 }
     }
 
     fn random(&mut self, into: &mut [u8]) {
@@ -92,7 +93,7 @@ pub(crate) fn steps(steps: Vec<StepRequest>) -> JobRequest {
 
 /// Queues a job.
 pub(crate) fn create(jobs: &mut JobStore, number: u8, request: JobRequest, now: Clock) -> JobId {
-    let plan = request::plan(request, &FakeNode::new().images(), 1024).unwrap();
+    let plan = request::plan(request, &FakeNode::new().images(), FakeNode::new().largest_machine()).unwrap();
     assert_eq!(plan.machine_config, MachineConfig::default());
     jobs.create(id(number), plan, None, now).unwrap().id()
 }

@@ -158,6 +158,10 @@ impl<B: Backend> Machines for Fleet<B> {
         mib
     }
 
+    fn max_vcpu_count(&self) -> u32 {
+        u32::try_from(self.max_machine_vcpus()).unwrap_or(u32::MAX)
+    }
+
     fn report(&self) -> HypervisorReport {
         let (free, total) = self.frames();
         let (used, claimed) = heap::usage();

@@ -114,6 +114,9 @@ pub trait Machines {
     /// The largest machine this node can ever have, in MiB.
     fn max_mem_size_mib(&self) -> u32;
 
+    /// The most vCPUs a machine of this node can ever have.
+    fn max_vcpu_count(&self) -> u32;
+
     /// Facts for `GET /v1/host`.
     fn report(&self) -> HypervisorReport;
 }

@@ -6,6 +6,7 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
 use nestling_api::Node;
+use nestling_api::jobs::request::LargestMachine;
 use nestling_api::types::{self, BootTimes, Host};
 use nestling_machine::platform::Entropy;
 
@@ -70,8 +71,8 @@ impl<M: Machines> Node for NodeView<'_, M> {
         self.images.iter().map(Image::describe).collect()
     }
 
-    fn max_machine_memory_mib(&self) -> u32 {
-        self.machines.max_mem_size_mib()
+    fn largest_machine(&self) -> LargestMachine {
+        LargestMachine { memory_mib: self.machines.max_mem_size_mib(), vcpus: self.machines.max_vcpu_count() }
     }
 
     fn random(&mut self, into: &mut [u8]) {

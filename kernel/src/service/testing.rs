@@ -39,7 +39,8 @@ pub fn queue_job(jobs: &mut JobStore, number: u8) -> JobId {
     let steps = vec![StepRequest { run: "true".into(), ..StepRequest::default() }];
     let request = JobRequest { steps, ..JobRequest::default() };
     let images = [types::Image { name: "minimal".into(), ..types::Image::default() }];
-    let plan = request::plan(request, &images, 1024).unwrap();
+    let plan =
+        request::plan(request, &images, request::LargestMachine { memory_mib: 1024, vcpus: 4 }).unwrap();
     let id = JobId::parse(&format!("{number:032x}")).unwrap();
     jobs.create(id, plan, None, at(0)).unwrap().id()
 }
@@ -145,6 +146,10 @@ impl Machines for FakeMachines {
 
     fn max_mem_size_mib(&self) -> u32 {
         1024
+    }
+
+    fn max_vcpu_count(&self) -> u32 {
+        4
     }
 
     fn report(&self) -> HypervisorReport {

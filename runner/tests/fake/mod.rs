@@ -18,6 +18,7 @@ use nestling_api::agent::{
     StepStarted, WorkspaceFailed, WorkspaceUnpacked,
 };
 use nestling_api::http::Connection;
+use nestling_api::jobs::request::LargestMachine;
 use nestling_api::jobs::{ConnectionRecord, JobId, MachineEnd, MachineReport};
 use nestling_api::types::{Host, Image, Protocol};
 use nestling_api::{Api, ApiConfig, Clock, Node};
@@ -404,8 +405,8 @@ impl Node for Facts {
         vec![Image { name: "minimal".into(), ..Image::default() }]
     }
 
-    fn max_machine_memory_mib(&self) -> u32 {
-        1024
+    fn largest_machine(&self) -> LargestMachine {
+        LargestMachine { memory_mib: 1024, vcpus: 4 }
     }
 
     fn random(&mut self, into: &mut [u8]) {

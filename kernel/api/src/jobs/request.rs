@@ -115,11 +115,20 @@ fn wrong_field(path: &str, message: String) -> ApiError {
     ApiError::validation(Vec::from([FieldError { field, message }]))
 }
 
+/// What a machine can ever get on a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LargestMachine {
+    /// `mem_size_mib`.
+    pub memory_mib: u32,
+    /// `vcpu_count`.
+    pub vcpus: u32,
+}
+
 /// Checks a request against this node's limits and fills in defaults.
 ///
 /// # Errors
 /// [`ErrorCode::ValidationFailed`] with every wrong field (the first 20 of them).
-pub fn plan(request: JobRequest, images: &[Image], max_memory_mib: u32) -> Result<Plan, ApiError> {
+pub fn plan(request: JobRequest, images: &[Image], largest: LargestMachine) -> Result<Plan, ApiError> {
     let mut check = Check::default();
     if let Some(name) = &request.name {
         check.text("name", name, MAX_NAME);
@@ -135,7 +144,7 @@ pub fn plan(request: JobRequest, images: &[Image], max_memory_mib: u32) -> Resul
     }
     check.timeout("timeout_seconds", request.timeout_seconds);
     let machine_config = request.machine_config.unwrap_or_default();
-    check.machine(machine_config, max_memory_mib);
+    check.machine(machine_config, largest);
     check.env("env", &request.env);
     check.steps(&request.steps, &request.env);
     check.artifacts(&request.artifacts);
@@ -233,9 +242,10 @@ impl Check {
         }
     }
 
-    fn machine(&mut self, config: MachineConfig, max_memory_mib: u32) {
-        if config.vcpu_count != 1 {
-            let message = format!("is {}; machines have 1 vCPU in this release", config.vcpu_count);
+    fn machine(&mut self, config: MachineConfig, largest: LargestMachine) {
+        let LargestMachine { memory_mib: max_memory_mib, vcpus } = largest;
+        if !(1..=vcpus).contains(&config.vcpu_count) {
+            let message = format!("is {}; a machine on this node has 1 to {vcpus} vCPUs", config.vcpu_count);
             self.add("machine_config.vcpu_count", message);
         }
         let memory = config.mem_size_mib;
@@ -351,7 +361,7 @@ mod tests {
     }
 
     fn planned(request: &Value) -> Result<Plan, ApiError> {
-        plan(parse(request.to_string().as_bytes())?, &images(), 1024)
+        plan(parse(request.to_string().as_bytes())?, &images(), LargestMachine { memory_mib: 1024, vcpus: 8 })
     }
 
     #[track_caller]
@@ -532,9 +542,14 @@ mod tests {
             (json!({"steps": [step], "env": {"A": "\0"}}), "env.A", "NUL"),
             (json!({"steps": [step], "env": {"A": "x".repeat(MAX_ENV_VALUE + 1)}}), "env.A", "at most"),
             (
-                json!({"steps": [step], "machine_config": {"vcpu_count": 2}}),
+                json!({"steps": [step], "machine_config": {"vcpu_count": 0}}),
                 "machine_config.vcpu_count",
-                "1 vCPU in this release",
+                "is 0; a machine on this node has 1 to 8 vCPUs",
+            ),
+            (
+                json!({"steps": [step], "machine_config": {"vcpu_count": 9}}),
+                "machine_config.vcpu_count",
+                "1 to 8 vCPUs",
             ),
             (
                 json!({"steps": [step], "machine_config": {"mem_size_mib": 63}}),

@@ -68,7 +68,7 @@ pub struct Network {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MachineConfig {
-    /// Virtual CPUs; this release has machines of one.
+    /// Virtual CPUs, 1 up to the node's limit, at most 32.
     #[serde(default = "one")]
     pub vcpu_count: u32,
     /// Memory in MiB, even, 64 up to the node's limit.

@@ -1,6 +1,7 @@
 //! The table of jobs: order, listing, limits.
 
 use super::*;
+use crate::Node;
 
 #[test]
 fn jobs_start_in_the_order_they_came() {
@@ -90,7 +91,7 @@ fn a_full_queue_refuses_more() {
     let plan = request::plan(
         steps(vec![step("a")]),
         &[crate::types::Image { name: "minimal".into(), ..Default::default() }],
-        1024,
+        FakeNode::new().largest_machine(),
     );
     let error = jobs.create(id(3), plan.unwrap(), None, at(0)).unwrap_err();
     assert_eq!(
@@ -110,7 +111,7 @@ fn big_descriptions_push_out_completed_jobs_and_then_are_refused() {
     create(&mut jobs, 3, big(), at(0));
     assert!(jobs.get(first).is_err(), "it was in the way");
     let image = crate::types::Image { name: "minimal".into(), ..Default::default() };
-    let plan = request::plan(big(), &[image], 1024).unwrap();
+    let plan = request::plan(big(), &[image], FakeNode::new().largest_machine()).unwrap();
     assert_eq!(jobs.create(id(4), plan, None, at(0)).unwrap_err().code, ErrorCode::QueueFull);
 }
 
@@ -120,7 +121,9 @@ fn a_job_that_is_refused_pushes_nothing_out() {
     let first = create(&mut jobs, 1, steps(vec![step("a")]), at(0));
     jobs.cancel(first, at(0)).unwrap();
     let image = crate::types::Image { name: "minimal".into(), ..Default::default() };
-    let plan = request::plan(steps(vec![step(&"x".repeat(30_000))]), &[image], 1024).unwrap();
+    let plan =
+        request::plan(steps(vec![step(&"x".repeat(30_000))]), &[image], FakeNode::new().largest_machine())
+            .unwrap();
     assert_eq!(jobs.create(id(2), plan, None, at(0)).unwrap_err().code, ErrorCode::QueueFull);
     assert!(jobs.get(first).is_ok());
 }
