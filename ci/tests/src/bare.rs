@@ -40,7 +40,7 @@
 mod facts;
 mod runtime;
 
-pub use facts::{Facts, Outcome, finish, run, start};
+pub use facts::{Facts, Outcome, finish, run, start, start_with};
 
 use crate::guest::{self, LOAD};
 use iced_x86::IcedError;

@@ -34,16 +34,24 @@ pub struct Facts {
     pub job: Job,
 }
 
-/// Starts the guest `image`; [`finish`] waits for it. Two guests started one after the other run one after the other.
+/// Starts the guest `image`; [`finish`] waits for it. Guests that are started while others run take turns with them.
 ///
 /// # Panics
 /// When the node refuses the job.
 pub fn start(node: &RunningBed, image: &str) -> Job {
+    start_with(node, image, 1)
+}
+
+/// Starts the guest `image` on a machine of `vcpu_count` vCPUs.
+///
+/// # Panics
+/// When the node refuses the job.
+pub fn start_with(node: &RunningBed, image: &str, vcpu_count: u32) -> Job {
     let request = JobRequest {
         image: Some(image.to_owned()),
         timeout_seconds: Some(TIMEOUT_SECONDS),
         machine_config: Some(MachineConfig {
-            vcpu_count: 1,
+            vcpu_count,
             mem_size_mib: layout::MEMORY_MIB,
             ..MachineConfig::default()
         }),

@@ -16,10 +16,12 @@ mod modes;
 mod msrs;
 mod nmi;
 mod ports;
+mod several_vcpus;
 mod state;
 mod timer;
 
 use nestling::bed::{BedBuilder, RunningBed};
+use nestling::client::types::Job;
 use nestling_tests::bare::{self, Facts, Program};
 use nestling_tests::guest::bundle;
 use nestling_tests::node::{Shared, any_bed};
@@ -40,6 +42,7 @@ const GUESTS: &[&[(&str, Program)]] = &[
     msrs::GUESTS,
     nmi::GUESTS,
     ports::GUESTS,
+    several_vcpus::GUESTS,
     state::GUESTS,
     timer::GUESTS,
 ];
@@ -91,6 +94,16 @@ fn is_svm_in_bochs() -> bool {
 fn run_to_any_end(name: &str) -> Facts {
     let node = node();
     bare::finish(node, &bare::start(node, &image(name)))
+}
+
+/// Starts a guest on a machine of several vCPUs.
+fn start_with(name: &str, vcpus: u32) -> Job {
+    bare::start_with(node(), &image(name), vcpus)
+}
+
+/// What a started guest had reported when it ended, however it ended.
+fn finish(started: &Job) -> Facts {
+    bare::finish(node(), started)
 }
 
 /// Runs a guest to its proper end.
