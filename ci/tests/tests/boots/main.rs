@@ -11,3 +11,4 @@ mod files;
 mod guest;
 mod jobs;
 mod leak;
+mod several;
