@@ -3,6 +3,7 @@
 
 pub mod bare;
 pub mod disk;
+pub mod disk_image;
 pub mod guest;
 pub mod http;
 pub mod job;

@@ -9,6 +9,7 @@ mod e1000;
 mod exits;
 mod files;
 mod guest;
+mod images;
 mod jobs;
 mod leak;
 mod several;
