@@ -39,7 +39,7 @@ pub struct Options {
     pub port: u16,
     /// The bundle of images; none looks in the usual places.
     pub image: Option<PathBuf>,
-    /// The store of further images; none takes the user's, where it is there.
+    /// The store of further images; none takes the user's, where it is there and the bed has disks.
     pub store: Option<PathBuf>,
     /// The token it asks for; none for a node anybody on this computer may use.
     pub token: Option<String>,
@@ -61,7 +61,10 @@ pub fn start(
         check_token(token)?;
     }
     let image = image::find(options.image.as_deref()).map_err(LocalError::Image)?;
-    let store = image::find_store(options.store.as_deref()).map_err(LocalError::Image)?;
+    let store = match &options.store {
+        None if !options.bed.is_qemu() => None,
+        given => image::find_store(given.as_deref()).map_err(LocalError::Image)?,
+    };
     dir.forget().map_err(LocalError::State)?;
     let auth = options.token.as_ref().map_or("auth=off".to_owned(), |token| format!("token={token}"));
     let machine = Machine {

@@ -191,6 +191,8 @@ fn what_bochs_cannot_do_is_told_with_what_it_can() {
     );
     let error = bochs(dir.path(), "", true).memory_mib(2049).start().unwrap_err().to_string();
     assert!(error.contains("at most 2048 MiB"), "{error}");
+    let error = bochs(dir.path(), "", true).store("/s/images.tar").start().unwrap_err().to_string();
+    assert!(error.contains("instead of --store"), "{error}");
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port();
     let error = bochs(dir.path(), "", true).network(Network::User { port }).start().unwrap_err().to_string();

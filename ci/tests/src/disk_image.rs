@@ -25,6 +25,20 @@ pub fn store() -> &'static Path {
     })
 }
 
+/// A store with the image `debian`, as `cargo xtask image debian` has built it.
+///
+/// # Panics
+/// When it has not been built.
+pub fn debian_store() -> PathBuf {
+    let store = images().join("tests/debian-images.tar");
+    let add = || {
+        fs::create_dir_all(images().join("tests"))?;
+        store::add(&store, &[images().join("debian.tar")], true)
+    };
+    add().unwrap_or_else(|error| panic!("run `cargo xtask image debian` first: {error:#}"));
+    store
+}
+
 /// Folders of the workspace's target folder, where the packages of the other images are, too.
 fn images() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/images")

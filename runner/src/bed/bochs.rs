@@ -48,6 +48,11 @@ pub(super) fn prepare(machine: &Machine) -> Result<Program, BedError> {
     if machine.cpu.is_some() || !machine.qemu_arguments.is_empty() {
         return unsupported("options of QEMU mean nothing there; the CPU is given as bochs:MODEL".to_owned());
     }
+    if machine.store.is_some() {
+        return unsupported(
+            "its disks are not virtio; put the images into the bundle instead of --store".to_owned(),
+        );
+    }
     check_command_line(&machine.command_line)?;
     let known = models()?;
     if !known.contains(model) {

@@ -83,3 +83,18 @@ fn what_a_machine_writes_is_gone_with_it_and_so_is_its_id() {
     assert_eq!(rest, "end\n");
     assert_ne!(id, other);
 }
+
+/// `cargo xtask image debian && cargo test -p nestling-tests --test boots debian -- --ignored`.
+#[test]
+#[ignore = "the image takes minutes to build, the first time"]
+fn debian_compiles_and_runs_a_program_as_root_and_by_sudo() {
+    let node = nestling_tests::node::ready(Bed::builder().store(disk_image::debian_store()));
+    let script = "git --version; gcc --version | head -n 1; echo 'int main() { return 42; }' >x.c
+        cc -O2 x.c -o x; ./x || echo $?; sudo id -un; python3 -c 'print(6 * 7)'; locale 2>/dev/null | grep -c C.UTF-8 || true";
+    let request = JobRequest { image: Some("debian".to_owned()), ..job(script) };
+    let finished = run(&node, &request);
+    let text = String::from_utf8_lossy(&finished.stdout);
+    let lines: Vec<&str> = text.lines().collect();
+    let [git, gcc, "42", "root", "42", _] = lines[..] else { panic!("{finished:?}") };
+    assert!(git.starts_with("git version") && gcc.contains("Debian"), "{text}");
+}
