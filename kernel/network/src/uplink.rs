@@ -1,0 +1,33 @@
+//! The uplink as the network needs it.
+
+use alloc::vec::Vec;
+use core::net::Ipv4Addr;
+
+use crate::link;
+
+/// The node's address and what is beyond it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UplinkConfig {
+    /// The interface's Ethernet address.
+    pub mac: [u8; 6],
+    /// The node's address.
+    pub address: Ipv4Addr,
+    /// Bits of its link's prefix, 0..=32.
+    pub prefix: u8,
+    /// The way out of the link.
+    pub gateway: Option<Ipv4Addr>,
+    /// Who resolves names, in order of preference.
+    pub dns_servers: Vec<Ipv4Addr>,
+}
+
+impl UplinkConfig {
+    /// Whether an address is of the uplink's link.
+    pub(crate) fn is_on_link(&self, address: Ipv4Addr) -> bool {
+        link::same_network(address, self.address, self.prefix)
+    }
+
+    /// Who on the link takes packets for an address.
+    pub(crate) fn next_hop(&self, destination: Ipv4Addr) -> Option<Ipv4Addr> {
+        if self.is_on_link(destination) { Some(destination) } else { self.gateway }
+    }
+}
