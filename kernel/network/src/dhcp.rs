@@ -115,13 +115,15 @@ mod tests {
         message
     }
 
+    type Options = Vec<(u8, Vec<u8>)>;
+
     /// The answer's destination address, its "your address" and its options.
     fn ask(
         kind: u8,
         broadcast: bool,
         client: [u8; 4],
         options: &[u8],
-    ) -> Option<(Ipv4Addr, [u8; 4], Vec<(u8, Vec<u8>)>)> {
+    ) -> Option<(Ipv4Addr, [u8; 4], Options)> {
         let frame = answer(&message(kind, broadcast, client, options))?;
         let ip = crate::ip::Header::read(&frame[ETHERNET..]).unwrap();
         let segment = ip.payload(&frame[ETHERNET..]);

@@ -232,21 +232,14 @@ pub(crate) fn clamp_mss(segment: &mut [u8], header_bytes: usize, most: u16) {
                 return;
             }
             // The value may stand at an odd place; then its bytes are halves of two words.
-            let first = at & !1;
-            let words = |segment: &[u8]| -> Option<[u16; 3]> {
-                let bytes: &[u8; 6] = segment.get(first..first + 6)?.first_chunk()?;
-                let [a, b, c, d, e, f] = *bytes;
-                Some([u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]), u16::from_be_bytes([e, f])])
-            };
-            let Some(before) = words(segment) else { return };
+            let words = (at + 2) & !1..(at + 5) & !1;
+            let sum = |segment: &[u8]| segment.get(words.clone()).map(checksum::sum);
+            let Some(before) = sum(segment) else { return };
             if let Some(place) = segment.get_mut(at + 2..at + 4) {
                 place.copy_from_slice(&most.to_be_bytes());
             }
-            let Some(after) = words(segment) else { return };
-            let change = before
-                .into_iter()
-                .zip(after)
-                .fold(checksum::Change::default(), |change, (old, new)| change.word(old, new));
+            let Some(after) = sum(segment) else { return };
+            let change = checksum::Change::default().word(before, after);
             adjust(segment, 16, change);
             return;
         }

@@ -91,7 +91,7 @@ impl<P: Policy> Network<P> {
             coalescer: Coalescer::default(),
             scratch: vec![0; ETHERNET + link::MTU].into_boxed_slice(),
             ident: 0,
-            sweep_due: 0,
+            sweep_due: u64::MAX,
             counters: Counters::default(),
         }
     }
