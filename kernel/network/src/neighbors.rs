@@ -15,8 +15,8 @@ use crate::uplink::UplinkConfig;
 
 /// Neighbours known or asked for.
 const MAX_NEIGHBORS: usize = 256;
-/// Frames kept for one while it is asked for.
-const MAX_QUEUED: usize = 8;
+/// Frames kept for one while it is asked for: with the number of neighbours, at most 1.5 MiB.
+const MAX_QUEUED: usize = 4;
 /// How long an address is used before it is asked for again; in its last part the old one is still used.
 const FRESH: u64 = 60 * SECOND;
 const STALE: u64 = 90 * SECOND;

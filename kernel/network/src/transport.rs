@@ -152,6 +152,10 @@ pub(crate) fn is_intact(header: &Header, payload: &[u8]) -> bool {
 /// Writes the checksum of a TCP segment or UDP datagram.
 pub(crate) fn complete(source: Ipv4Addr, destination: Ipv4Addr, protocol: Protocol, payload: &mut [u8]) {
     let (number, at) = (if protocol == Protocol::Tcp { 6 } else { 17 }, checksum_at(protocol));
+    let Some(payload) = (if protocol == Protocol::Udp { datagram_mut(payload) } else { Some(payload) })
+    else {
+        return;
+    };
     let Some(field) = payload.get_mut(at..at + 2) else { return };
     field.fill(0);
     let pseudo = checksum::pseudo_header(source, destination, number, payload.len());
@@ -161,6 +165,12 @@ pub(crate) fn complete(source: Ipv4Addr, destination: Ipv4Addr, protocol: Protoc
     if let Some(field) = payload.get_mut(at..at + 2) {
         field.copy_from_slice(&sum.to_be_bytes());
     }
+}
+
+/// The bytes that a UDP header says are the datagram's; the packet may have more.
+fn datagram_mut(payload: &mut [u8]) -> Option<&mut [u8]> {
+    let bytes = u16::from_be_bytes(*payload.get(4..)?.first_chunk()?);
+    payload.get_mut(..usize::from(bytes))
 }
 
 /// A UDP datagram, its checksum included.

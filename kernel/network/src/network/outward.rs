@@ -3,7 +3,7 @@
 use smoltcp::wire::{Icmpv4Packet, IpProtocol, UdpPacket};
 
 use super::{MachineKey, Network};
-use crate::frame::{self, Checksum, ETHERNET, Offload, Output};
+use crate::frame::{self, Checksum, ETHERNET, IPV4, Offload, Output};
 use crate::icmp::{self, Error};
 use crate::ip::Header;
 use crate::link::{self, GATEWAY, MACHINE};
@@ -35,7 +35,8 @@ impl<P: Policy> Network<P> {
         if header.destination == GATEWAY || header.destination == Ipv4Addr::BROADCAST {
             return self.packet_to_gateway(key, packet, &header, now, out);
         }
-        if header.source != MACHINE {
+        // Options could name hops of the machine's choice, past the policy (RFC 7126, 4.3); nothing else needs them.
+        if header.source != MACHINE || header.bytes != IPV4 {
             self.counters.invalid += 1;
             return;
         }

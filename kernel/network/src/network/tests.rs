@@ -651,6 +651,105 @@ fn an_unanswered_neighbour_is_asked_three_times_and_given_up() {
 }
 
 #[test]
+fn a_machine_that_asks_for_many_neighbours_does_not_push_out_the_router() {
+    let mut net = Net::new(&[1]);
+    net.connect(4000);
+    for host in 0..10_000_u32 {
+        let to = (Ipv4Addr::from_bits(NODE.to_bits() & !0xff | (host % 200 + 20)), 1);
+        net.send_as(1, datagram((MACHINE, host as u16), to, b""), Offload::default());
+    }
+    net.ends.uplink.clear();
+    net.send_as(1, out("A", 4000, 101, 501, b""), Offload::default());
+    let sent = core::mem::take(&mut net.ends.uplink);
+    assert_eq!((sent.len(), &sent[0][..6]), (1, &ROUTER_MAC[..]));
+}
+
+#[test]
+fn packets_with_ip_options_go_nowhere() {
+    let mut net = Net::new(&[1]);
+    let plain = datagram((MACHINE, 1), (SERVER, 1), b"");
+    // A loose source route by another host.
+    let options = [131, 7, 4, 192, 0, 2, 99, 0];
+    let mut frame = [&plain[..34], &options, &plain[34..]].concat();
+    let mut ip = smoltcp::wire::Ipv4Packet::new_unchecked(&mut frame[14..]);
+    ip.set_header_len(28);
+    ip.set_total_len(36);
+    ip.fill_checksum();
+    assert!(net.send(frame).is_empty());
+    assert_eq!((net.network.counters().invalid, net.network.flows), (1, 0));
+}
+
+#[test]
+fn a_datagram_shorter_than_its_packet_gets_the_checksum_of_itself() {
+    let mut net = Net::new(&[1]);
+    let mut frame = datagram((MACHINE, 5000), (SERVER, 123), b"time and more");
+    frame[38..40].copy_from_slice(&[0, 12]);
+    net.send_as(1, frame, Offload { checksum: Checksum::Partial { start: 34, offset: 6 }, gso: None });
+    // Reading checks it.
+    assert_eq!(read(&net.sent()[0]).1.unwrap().payload_bytes, 4);
+}
+
+#[test]
+fn a_closed_connection_s_ports_can_be_used_again_at_once() {
+    let mut net = Net::new(&[1]);
+    let first = net.connect(4000);
+    net.send(out("FA", 4000, 101, 501, b""));
+    net.receive(back("FA", first, 501, 102, b""));
+    net.send(out("A", 4000, 102, 502, b""));
+    net.given();
+    net.records(1);
+    let second = net.connect(4000);
+    assert_ne!(first, second, "for the outside it is another one");
+    let begun: Vec<_> =
+        net.records(1).iter().filter(|record| record.bytes_sent == 0).map(|record| record.number).collect();
+    assert_eq!((begun, net.network.flows), (vec![1], 1));
+}
+
+#[test]
+fn dns_queries_of_one_machine_are_bounded_and_the_newest_are_answered() {
+    let mut net = Net::new(&[1, 2]);
+    let mut asked = Vec::new();
+    for count in 0..1000_u16 {
+        asked.extend(net.send(datagram(
+            (MACHINE, count),
+            (GATEWAY, 53),
+            &dns::query(count, "example.org", 1),
+        )));
+    }
+    assert_eq!(asked.len(), 1000);
+    let mut answered = 0;
+    for query in asked.iter().rev() {
+        let (_, transport, payload) = read(query);
+        let answer = dns::answer(&payload, &[dns::address("example.org", SERVER.octets())]);
+        let given = net.receive(datagram((ROUTER, 53), (NODE, transport.unwrap().source_port), &answer));
+        answered += given.unwrap_or_default().len();
+    }
+    assert_eq!(answered, 64);
+}
+
+#[test]
+fn a_server_that_does_not_answer_gives_way_to_the_next() {
+    let mut net = Net::new(&[1]);
+    let (first, second) = (Ipv4Addr::new(10, 0, 2, 3), Ipv4Addr::new(10, 0, 2, 4));
+    let uplink = UplinkConfig {
+        mac: NODE_MAC,
+        address: NODE,
+        prefix: 24,
+        gateway: Some(ROUTER),
+        dns_servers: vec![first, second],
+    };
+    net.network.set_uplink(Some(uplink), net.now, &mut net.ends);
+    let mut asked = Vec::new();
+    for _ in 0..3 {
+        let sent = net.send(datagram((MACHINE, 1), (GATEWAY, 53), &dns::query(1, "a.b", 1)));
+        asked.push(read(&sent[0]).0.destination);
+        net.now += 6 * SECOND;
+        net.network.poll(net.now, &mut net.ends);
+    }
+    assert_eq!(asked, [first, second, first]);
+}
+
+#[test]
 fn frames_without_room_are_counted() {
     let mut net = Net::new(&[1]);
     let port = net.connect(4000);
