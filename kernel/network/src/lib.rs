@@ -36,6 +36,7 @@ mod uplink;
 
 pub use frame::{Checksum, Gso, Offload, Output};
 pub use link::{GATEWAY, GATEWAY_MAC, MACHINE, MACHINE_MAC, MTU, PREFIX};
+pub use nat::PORTS;
 pub use network::{Counters, MachineKey, Network};
 pub use policy::{Policy, Refusal};
 pub use records::{Protocol, Record};

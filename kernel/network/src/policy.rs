@@ -2,7 +2,6 @@
 //!
 //! Some addresses no policy opens: RFC 6890 (special-purpose addresses), and the node's own.
 
-use core::fmt;
 use core::net::Ipv4Addr;
 
 use crate::link;
@@ -33,14 +32,16 @@ pub enum Refusal {
     Connections,
 }
 
-impl fmt::Display for Refusal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
+impl Refusal {
+    /// The reason, for people.
+    #[must_use]
+    pub fn reason(self) -> &'static str {
+        match self {
             Self::Policy => "no rule of network.egress allows it",
             Self::Node => "no machine may reach the node itself",
             Self::Reserved => "no machine may reach loopback, link-local, broadcast or multicast addresses",
             Self::Connections => "the machine has too many connections at once",
-        })
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! The uplink as the network needs it.
 
 use alloc::vec::Vec;
-use core::net::Ipv4Addr;
+use core::net::{Ipv4Addr, SocketAddrV4};
 
 use crate::link;
 
@@ -17,7 +17,7 @@ pub struct UplinkConfig {
     /// The way out of the link.
     pub gateway: Option<Ipv4Addr>,
     /// Who resolves names, in order of preference.
-    pub dns_servers: Vec<Ipv4Addr>,
+    pub dns_servers: Vec<SocketAddrV4>,
 }
 
 impl UplinkConfig {

@@ -3,7 +3,7 @@
 use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
-use core::net::Ipv4Addr;
+use core::net::SocketAddrV4;
 
 use crate::SECOND;
 use crate::network::MachineKey;
@@ -23,7 +23,7 @@ pub(crate) struct InFlight {
     pub(crate) client: (u16, u16),
     /// The id on the way to the server.
     pub(crate) id: u16,
-    pub(crate) server: Ipv4Addr,
+    pub(crate) server: SocketAddrV4,
     pub(crate) name: Arc<str>,
     pub(crate) question: Vec<u8>,
     pub(crate) expires: u64,
@@ -39,7 +39,7 @@ pub(crate) struct Queries {
 
 impl Queries {
     /// The server to ask.
-    pub(crate) fn server(&self, servers: &[Ipv4Addr]) -> Option<Ipv4Addr> {
+    pub(crate) fn server(&self, servers: &[SocketAddrV4]) -> Option<SocketAddrV4> {
         servers.get(self.server.checked_rem(servers.len())?).copied()
     }
 

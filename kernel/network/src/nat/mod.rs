@@ -8,4 +8,5 @@ mod ports;
 pub(crate) mod rewrite;
 
 pub(crate) use flows::{FlowKey, Flows};
+pub use ports::PORTS;
 pub(crate) use ports::{Owner, Ports};

@@ -10,9 +10,11 @@ use crate::network::MachineKey;
 use crate::records::Protocol;
 
 /// The first port; those below are the node's own.
-pub(crate) const FIRST: u16 = 32_768;
+const FIRST: u16 = 32_768;
 /// How many there are.
-pub(crate) const COUNT: u16 = 28_232;
+const COUNT: u16 = 28_232;
+/// All of them.
+pub const PORTS: core::ops::RangeInclusive<u16> = FIRST..=FIRST + (COUNT - 1);
 /// Tries to find a free one. At most 17,408 are taken, so this many fail once in 10^13 times.
 const TRIES: usize = 64;
 

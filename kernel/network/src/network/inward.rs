@@ -1,5 +1,7 @@
 //! What comes from the uplink for machines.
 
+use core::net::SocketAddrV4;
+
 use smoltcp::wire::{Icmpv4Packet, IpProtocol};
 
 use super::Network;
@@ -58,7 +60,7 @@ impl<P: Policy> Network<P> {
         let (key, flow) = match owner {
             Owner::Dns => {
                 let payload = header.payload(packet).get(transport.header_bytes..).unwrap_or(&[]);
-                let from = (header.source, transport.source_port);
+                let from = SocketAddrV4::new(header.source, transport.source_port);
                 self.looked_up(transport.destination_port, from, payload, now, out);
                 return true;
             }

@@ -2,7 +2,7 @@
 
 use alloc::sync::Arc;
 use alloc::vec::Vec;
-use core::net::Ipv4Addr;
+use core::net::SocketAddrV4;
 
 use smoltcp::wire::IpProtocol;
 
@@ -64,7 +64,7 @@ impl<P: Policy> Network<P> {
     ) -> Option<()> {
         let uplink = self.uplink.as_ref()?;
         let server = self.queries.server(&uplink.dns_servers)?;
-        let hop = uplink.next_hop(server)?;
+        let hop = uplink.next_hop(*server.ip())?;
         if let Some(surplus) = self.queries.surplus(key) {
             self.queries.remove(surplus);
             self.ports.free(Protocol::Udp, surplus);
@@ -85,8 +85,8 @@ impl<P: Policy> Network<P> {
                 expires: Queries::expiry(now),
             },
         );
-        let datagram = transport::udp(uplink.address, server, port, dns::PORT, &message);
-        let mut frame = frame::packet(uplink.address, server, IpProtocol::Udp, &datagram);
+        let datagram = transport::udp(uplink.address, *server.ip(), port, server.port(), &message);
+        let mut frame = frame::packet(uplink.address, *server.ip(), IpProtocol::Udp, &datagram);
         let sent = self.neighbors.send(hop, &mut frame, uplink, now, out);
         self.counters.no_room += u64::from(!sent);
         Some(())
@@ -96,12 +96,12 @@ impl<P: Policy> Network<P> {
     pub(super) fn looked_up(
         &mut self,
         port: u16,
-        from: (Ipv4Addr, u16),
+        from: SocketAddrV4,
         message: &[u8],
         now: u64,
         out: &mut impl Output,
     ) {
-        let Some(query) = self.queries.get(port).filter(|query| from == (query.server, dns::PORT)) else {
+        let Some(query) = self.queries.get(port).filter(|query| from == query.server) else {
             return;
         };
         let Some(addresses) = dns::answered(message, query.id, &query.question) else { return };

@@ -3,7 +3,7 @@
 use alloc::string::ToString;
 use alloc::vec;
 use alloc::vec::Vec;
-use core::net::Ipv4Addr;
+use core::net::{Ipv4Addr, SocketAddrV4};
 
 use proptest::prelude::*;
 use smoltcp::wire::ArpOperation;
@@ -66,7 +66,7 @@ impl Net {
             address,
             prefix: 24,
             gateway: Some(ROUTER),
-            dns_servers: vec![ROUTER],
+            dns_servers: vec![SocketAddrV4::new(ROUTER, 53)],
         };
         self.network.set_uplink(Some(uplink), self.now, &mut self.ends);
     }
@@ -736,7 +736,7 @@ fn a_server_that_does_not_answer_gives_way_to_the_next() {
         address: NODE,
         prefix: 24,
         gateway: Some(ROUTER),
-        dns_servers: vec![first, second],
+        dns_servers: vec![SocketAddrV4::new(first, 53), SocketAddrV4::new(second, 53)],
     };
     net.network.set_uplink(Some(uplink), net.now, &mut net.ends);
     let mut asked = Vec::new();
