@@ -25,7 +25,10 @@ use alloc::string::String;
 use core::fmt;
 
 pub use console::{CONSOLE_TAIL_BYTES, ConsoleTail};
-pub use virtio::{Disk, DiskConfig, Progress, VsockHost, VsockState};
+pub use virtio::{
+    Accepts, Disk, DiskConfig, FRAME_BYTES_MAX, NetworkConfig, NetworkHost, Offload, PartialChecksum,
+    Progress, Segmentation, VsockHost, VsockState,
+};
 
 use cmos::Cmos;
 use ioapic::IoApic;
@@ -33,6 +36,7 @@ use outbox::Outbox;
 use pci::{Function, Space};
 use serial::Serial;
 use virtio::blk::Blk;
+use virtio::net::Net;
 use virtio::rng::Rng;
 use virtio::transport::{IO_BAR_BYTES, MSIX_BAR_BYTES, VirtioPci};
 use virtio::vsock::Vsock;
@@ -41,6 +45,7 @@ use virtio::vsock::Vsock;
 /// is found by ACPI, and Linux would spend 70 exits on it.
 const VSOCK_FUNCTION: u64 = 0x08;
 const RNG_FUNCTION: u64 = 0x10;
+const NETWORK_FUNCTION: u64 = 0x18;
 const DISK_FUNCTION: u64 = 0x20;
 const UART_LAST_PORT: u16 = layout::UART_PORT + 7;
 const IOAPIC_BYTES: u64 = 4096;
@@ -64,6 +69,8 @@ pub struct Host<'a> {
 pub struct PlatformConfig {
     /// The guest's vsock context id, 3 or more.
     pub guest_cid: u64,
+    /// Its network card, if it has one.
+    pub network: Option<NetworkConfig>,
     /// Its disk, if it has one.
     pub disk: Option<DiskConfig>,
 }
@@ -101,6 +108,7 @@ impl fmt::Display for MachineEnd {
 pub struct Platform {
     vsock: VirtioPci<Vsock>,
     rng: VirtioPci<Rng>,
+    network: Option<VirtioPci<Net>>,
     disk: Option<VirtioPci<Blk>>,
     serial: Serial,
     cmos: Cmos,
@@ -112,12 +120,13 @@ pub struct Platform {
 impl Platform {
     /// The devices of a machine that has just been switched on.
     pub fn new(config: PlatformConfig) -> Self {
-        // PCI devices 1, 2 and 4, whose BARs are placed behind each other.
+        // PCI devices 1 to 4, whose BARs are placed behind each other.
         let io = |slot: u16| layout::PCI_IO_BASE + slot * IO_BAR_BYTES as u16;
         let memory = |slot: u32| layout::PCI_MMIO_BASE as u32 + slot * MSIX_BAR_BYTES;
         Self {
             vsock: VirtioPci::new(Vsock::new(config.guest_cid), io(1), memory(1)),
             rng: VirtioPci::new(Rng::default(), io(2), memory(2)),
+            network: config.network.map(|network| VirtioPci::new(Net::new(network), io(3), memory(3))),
             disk: config.disk.map(|disk| VirtioPci::new(Blk::new(disk), io(4), memory(4))),
             serial: Serial::default(),
             cmos: Cmos::default(),
@@ -152,8 +161,10 @@ impl Platform {
 
     /// The PCI function that decodes `address`, with the BAR and the offset in it.
     fn find_bar(&mut self, space: Space, address: u32) -> Option<(&mut dyn Function, usize, u32)> {
+        let network = self.network.as_mut().map(|network| network as &mut dyn Function);
         let disk = self.disk.as_mut().map(|disk| disk as &mut dyn Function);
-        let functions: [Option<&mut dyn Function>; 3] = [Some(&mut self.vsock), Some(&mut self.rng), disk];
+        let functions: [Option<&mut dyn Function>; 4] =
+            [Some(&mut self.vsock), Some(&mut self.rng), network, disk];
         functions.into_iter().flatten().find_map(|function| {
             let (bar, offset) = function.decode(space, address)?;
             Some((function, bar, offset))
@@ -179,6 +190,7 @@ impl Platform {
         let function: &mut dyn Function = match offset >> 12 {
             VSOCK_FUNCTION => &mut self.vsock,
             RNG_FUNCTION => &mut self.rng,
+            NETWORK_FUNCTION => self.network.as_mut()?,
             DISK_FUNCTION => self.disk.as_mut()?,
             _ => return None,
         };
@@ -191,6 +203,7 @@ impl Platform {
         let bytes = match offset >> 12 {
             VSOCK_FUNCTION => self.vsock.config_bytes(),
             RNG_FUNCTION => self.rng.config_bytes(),
+            NETWORK_FUNCTION if let Some(network) = &self.network => network.config_bytes(),
             DISK_FUNCTION if let Some(disk) = &self.disk => disk.config_bytes(),
             _ => return ConfigPage::Nothing,
         };
@@ -198,8 +211,9 @@ impl Platform {
     }
 
     fn notice_faults(&mut self) {
+        let network = self.network.as_ref().map(|network| network as &dyn Function);
         let disk = self.disk.as_ref().map(|disk| disk as &dyn Function);
-        let functions: [Option<&dyn Function>; 3] = [Some(&self.vsock), Some(&self.rng), disk];
+        let functions: [Option<&dyn Function>; 4] = [Some(&self.vsock), Some(&self.rng), network, disk];
         let fault = functions.into_iter().flatten().find_map(Function::fault);
         let fault = fault.map(|(device, reason)| MachineEnd::DeviceFault { device, reason: reason.into() });
         if self.end.is_none() {
@@ -285,13 +299,19 @@ impl Platform {
 
     /// Whether [`Self::poll`] has something to do.
     pub fn needs_poll(&self) -> bool {
-        self.vsock.has_work() || self.rng.has_work() || self.disk.as_ref().is_some_and(VirtioPci::has_work)
+        self.vsock.has_work()
+            || self.rng.has_work()
+            || self.network.as_ref().is_some_and(VirtioPci::has_work)
+            || self.disk.as_ref().is_some_and(VirtioPci::has_work)
     }
 
     /// Works on the queues the guest has filled, and moves bytes the host has for the guest. Cheap when there is nothing to do.
     pub fn poll(&mut self, memory: &mut dyn GuestMemory, host: &mut Host<'_>) {
         self.vsock.work(memory, host, &mut self.interrupts);
         self.rng.work(memory, host, &mut self.interrupts);
+        if let Some(network) = &mut self.network {
+            network.work(memory, host, &mut self.interrupts);
+        }
         if let Some(disk) = &mut self.disk {
             disk.work(memory, host, &mut self.interrupts);
         }
@@ -325,6 +345,11 @@ impl Platform {
     /// The host's end of the machine's vsock connection.
     pub fn vsock(&mut self) -> &mut VsockHost {
         &mut self.vsock.device.host
+    }
+
+    /// The host's end of the machine's network card, if it has one.
+    pub fn network(&mut self) -> Option<&mut NetworkHost> {
+        self.network.as_mut().map(|network| &mut network.device.host)
     }
 
     /// What the machine last printed on its serial port.

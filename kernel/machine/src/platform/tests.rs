@@ -1,11 +1,13 @@
 use super::testing::{Counting, MemoryDisk};
 use super::*;
 use crate::testing::Ram;
+use alloc::vec;
 use proptest::prelude::*;
 use virtio::driver::Guest;
 
 fn platform() -> Platform {
-    Platform::new(PlatformConfig { guest_cid: 3, disk: None })
+    let network = Some(NetworkConfig { mac: virtio::driver::MAC, mtu: virtio::driver::MTU });
+    Platform::new(PlatformConfig { guest_cid: 3, network, disk: None })
 }
 
 #[test]
@@ -36,7 +38,7 @@ fn the_bus_has_two_virtio_devices_and_nothing_else() {
 #[test]
 fn bars_are_placed_apart_in_the_host_bridges_windows_with_decoders_off() {
     let mut guest = Guest::new();
-    let mut seen = alloc::vec![];
+    let mut seen = vec![];
     for slot in 1..3 {
         assert_eq!(guest.read_config(slot, 4, 2) & 3, 0);
         let (io, memory) = (guest.read_config(slot, 0x10, 4) & !3, guest.read_config(slot, 0x14, 4));
@@ -62,7 +64,7 @@ fn ecam_is_read_by_bytes_words_dwords_and_quadwords() {
 fn shown(platform: &Platform, slot: u64) -> Option<alloc::vec::Vec<u8>> {
     match platform.config_page(slot << 15) {
         ConfigPage::Bytes(bytes) => Some(bytes.to_vec()),
-        ConfigPage::Nothing => Some(alloc::vec![0xFF; 256]),
+        ConfigPage::Nothing => Some(vec![0xFF; 256]),
         ConfigPage::HasEffects => None,
     }
 }
@@ -151,17 +153,20 @@ enum Step {
     Send(alloc::vec::Vec<u8>),
     Receive(usize),
     Shutdown,
+    Give(alloc::vec::Vec<u8>),
+    Take,
+    Link(bool),
 }
 
 fn steps() -> impl Strategy<Value = alloc::vec::Vec<Step>> {
     let width = prop_oneof![Just(1_u8), Just(2), Just(4), Just(8), any::<u8>()];
     let port = prop_oneof![
-        4 => 0xC100_u16..0xC300,
+        4 => 0xC100_u16..0xC400,
         1 => 0x3F8_u16..0x400,
         1 => any::<u16>(),
     ];
     let address = prop_oneof![
-        4 => (0_u64..3, 0_u64..0x110).prop_map(|(slot, register)| layout::ECAM_BASE + (slot << 15) + register),
+        4 => (0_u64..4, 0_u64..0x110).prop_map(|(slot, register)| layout::ECAM_BASE + (slot << 15) + register),
         2 => layout::PCI_MMIO_BASE..layout::PCI_MMIO_BASE + 0x4000,
         2 => layout::IOAPIC_BASE..layout::IOAPIC_BASE + 0x20,
         1 => any::<u64>(),
@@ -178,6 +183,9 @@ fn steps() -> impl Strategy<Value = alloc::vec::Vec<Step>> {
         1 => bytes.prop_map(Step::Send),
         1 => (0_usize..64).prop_map(Step::Receive),
         1 => Just(Step::Shutdown),
+        1 => prop::collection::vec(any::<u8>(), 0..2000).prop_map(Step::Give),
+        1 => Just(Step::Take),
+        1 => any::<bool>().prop_map(Step::Link),
     ];
     prop::collection::vec(step, 0..200)
 }
@@ -191,8 +199,11 @@ fn perform(platform: &mut Platform, ram: &mut Ram, step: &Step) {
         Step::Scribble(at, ref bytes) => drop(ram.write(GuestPhysAddr(at), bytes)),
         Step::EndOfInterrupt(vector) => platform.end_of_interrupt(Vector(vector)),
         Step::Send(ref bytes) => drop(platform.vsock().send(bytes)),
-        Step::Receive(length) => drop(platform.vsock().receive(&mut alloc::vec![0; length])),
+        Step::Receive(length) => drop(platform.vsock().receive(&mut vec![0; length])),
         Step::Shutdown => platform.vsock().shutdown(),
+        Step::Give(ref frame) => drop(platform.network().unwrap().give_frame(frame, Offload::default())),
+        Step::Take => drop(platform.network().unwrap().take_frame(&mut vec![])),
+        Step::Link(up) => platform.network().unwrap().set_link(up),
     }
 }
 
@@ -200,7 +211,7 @@ proptest! {
     #[test]
     fn no_sequence_of_accesses_panics_or_keeps_the_node_busy(steps in steps()) {
         let (mut platform, mut ram) = (platform(), Ram::new(0x4000));
-        for slot in 1..3 {
+        for slot in 1..4 {
             platform.mmio_write(GuestPhysAddr(layout::ECAM_BASE + (slot << 15) + 4), 2, 7);
         }
         for step in &steps {
@@ -217,7 +228,7 @@ proptest! {
 
     #[test]
     fn rubbish_in_the_rings_of_a_running_device_panics_nowhere(
-        id in prop_oneof![Just(0x1044_u16), Just(0x1053)],
+        id in prop_oneof![Just(0x1041_u16), Just(0x1044), Just(0x1053)],
         features in prop_oneof![Just(0_u64), Just(virtio::driver::EVENT_INDEX), Just(virtio::driver::INDIRECT), Just(u64::MAX)],
         scribbles in prop::collection::vec(
             (0_u64..3, prop_oneof![0_u64..0x100, 0x4000_u64..0x4020, 0x8000_u64..0x8020],
@@ -225,10 +236,11 @@ proptest! {
             1..20,
         ),
     ) {
-        let mut guest = Guest::new();
+        let mut guest = Guest::with_network();
         let device = guest.find(id);
         let mut queues = device.initialize(&mut guest, features | virtio::driver::VERSION_1);
         guest.platform.vsock().send(b"never sent");
+        let _ = guest.platform.network().unwrap().give_frame(&[0; 60], Offload::default());
         for (queue, offset, bytes) in scribbles {
             let index = queue as usize % queues.len();
             guest.ram.write(GuestPhysAddr(queues[index].at + offset), &bytes).unwrap();

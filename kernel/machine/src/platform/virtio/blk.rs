@@ -446,7 +446,12 @@ impl VirtioDevice for Blk {
         self.config().get(offset as usize).copied().unwrap_or(0)
     }
 
-    fn start(&mut self, queues: &mut [Queue], _memory: &mut dyn GuestMemory) -> Result<(), QueueError> {
+    fn start(
+        &mut self,
+        _features: u64,
+        queues: &mut [Queue],
+        _memory: &mut dyn GuestMemory,
+    ) -> Result<(), QueueError> {
         (0..queues.len() as u16).for_each(|queue| self.notify(queue));
         Ok(())
     }

@@ -5,12 +5,14 @@ use crate::interrupt::MsiMessage;
 use crate::layout;
 use crate::memory::GuestMemory;
 use crate::platform::testing::{Counting, MemoryDisk};
-use crate::platform::{DiskConfig, Host, Platform, PlatformConfig};
+use crate::platform::{DiskConfig, Host, NetworkConfig, Platform, PlatformConfig};
 use crate::testing::Ram;
 use alloc::vec;
 use alloc::vec::Vec;
 
 pub(in crate::platform) const GUEST_CID: u64 = 3;
+pub(in crate::platform) const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+pub(in crate::platform) const MTU: u16 = 1500;
 const RAM_BYTES: usize = 4 << 20;
 const QUEUES_AT: u64 = 0x10_0000;
 const QUEUE_STRIDE: u64 = 0x1_0000;
@@ -59,11 +61,21 @@ impl Guest {
     /// A machine with a disk of `bytes` with `queues` queues; without one if it has none.
     pub(in crate::platform) fn with_disk(bytes: usize, queues: u16) -> Self {
         let disk = (queues > 0).then_some(DiskConfig { bytes: bytes as u64, queues });
+        Self::made_of(PlatformConfig { guest_cid: GUEST_CID, network: None, disk }, bytes)
+    }
+
+    /// A machine with a network card.
+    pub(in crate::platform) fn with_network() -> Self {
+        let network = Some(NetworkConfig { mac: MAC, mtu: MTU });
+        Self::made_of(PlatformConfig { guest_cid: GUEST_CID, network, disk: None }, 0)
+    }
+
+    fn made_of(config: PlatformConfig, disk_bytes: usize) -> Self {
         Self {
-            platform: Platform::new(PlatformConfig { guest_cid: GUEST_CID, disk }),
+            platform: Platform::new(config),
             ram: Ram::new(RAM_BYTES),
             entropy: Counting::default(),
-            disk: MemoryDisk::new(bytes),
+            disk: MemoryDisk::new(disk_bytes),
             next_buffer: BUFFERS_AT,
         }
     }

@@ -377,9 +377,25 @@ impl Queue {
         head: u16,
         written: u32,
     ) -> Result<(), QueueError> {
+        self.put_used(memory, head, written)?;
+        self.publish_used(memory)
+    }
+
+    /// As [`Self::push_used`], but the driver sees the chain only with [`Self::publish_used`].
+    pub(super) fn put_used(
+        &mut self,
+        memory: &mut dyn GuestMemory,
+        head: u16,
+        written: u32,
+    ) -> Result<(), QueueError> {
         let element = (u64::from(written) << 32 | u64::from(head)).to_le_bytes();
         self.write(memory, self.used, 4 + 8 * self.slot(self.next_used), &element)?;
         self.next_used = self.next_used.wrapping_add(1);
+        Ok(())
+    }
+
+    /// Shows the driver every chain that was given back.
+    pub(super) fn publish_used(&self, memory: &mut dyn GuestMemory) -> Result<(), QueueError> {
         self.write(memory, self.used, 2, &self.next_used.to_le_bytes())
     }
 

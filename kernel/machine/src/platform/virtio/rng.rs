@@ -54,7 +54,12 @@ impl VirtioDevice for Rng {
         0
     }
 
-    fn start(&mut self, _queues: &mut [Queue], _memory: &mut dyn GuestMemory) -> Result<(), QueueError> {
+    fn start(
+        &mut self,
+        _features: u64,
+        _queues: &mut [Queue],
+        _memory: &mut dyn GuestMemory,
+    ) -> Result<(), QueueError> {
         self.notified = true;
         Ok(())
     }

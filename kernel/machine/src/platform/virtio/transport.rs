@@ -81,8 +81,13 @@ pub(in crate::platform) trait VirtioDevice {
     /// The device-specific configuration's byte at `offset`.
     fn config_byte(&self, offset: u32) -> u8;
 
-    /// The driver is ready (DRIVER_OK).
-    fn start(&mut self, queues: &mut [Queue], memory: &mut dyn GuestMemory) -> Result<(), QueueError>;
+    /// The driver is ready (DRIVER_OK), having accepted `features`.
+    fn start(
+        &mut self,
+        features: u64,
+        queues: &mut [Queue],
+        memory: &mut dyn GuestMemory,
+    ) -> Result<(), QueueError>;
 
     /// The driver has reset the device.
     fn reset(&mut self);
@@ -100,6 +105,11 @@ pub(in crate::platform) trait VirtioDevice {
         memory: &mut dyn GuestMemory,
         host: &mut Host<'_>,
     ) -> Result<(), QueueError>;
+
+    /// Whether the configuration has changed since this was last asked.
+    fn take_config_change(&mut self) -> bool {
+        false
+    }
 }
 
 /// A virtio device as a PCI function.
@@ -118,6 +128,7 @@ pub(in crate::platform) struct VirtioPci<D> {
     driver_features: u64,
     queue_select: u16,
     config_vector: u16,
+    config_generation: u8,
     isr: u8,
     starting: bool,
     fault: Option<String>,
@@ -170,6 +181,7 @@ impl<D: VirtioDevice> VirtioPci<D> {
             driver_features: 0,
             queue_select: 0,
             config_vector: NO_VECTOR,
+            config_generation: 0,
             isr: 0,
             starting: false,
             fault: None,
@@ -213,9 +225,14 @@ impl<D: VirtioDevice> VirtioPci<D> {
         out: &mut Outbox,
     ) -> Result<(), QueueError> {
         if core::mem::take(&mut self.starting) {
-            self.device.start(&mut self.queues, memory)?;
+            self.device.start(self.driver_features, &mut self.queues, memory)?;
         }
         self.device.work(&mut self.queues, memory, host)?;
+        if self.device.take_config_change() {
+            self.config_generation = self.config_generation.wrapping_add(1);
+            self.isr |= ISR_CONFIG;
+            self.msix.raise(self.config_vector, out);
+        }
         for queue in &mut self.queues {
             if queue.take_signal(memory)? {
                 self.isr |= ISR_QUEUE;
@@ -261,8 +278,7 @@ impl<D: VirtioDevice> VirtioPci<D> {
             (0x10, 2) => self.config_vector.into(),
             (0x12, 2) => self.queues.len() as u32,
             (0x14, 1) => self.status.into(),
-            // The configuration never changes: generation 0.
-            (0x15, 1) => 0,
+            (0x15, 1) => self.config_generation.into(),
             (0x16, 2) => self.queue_select.into(),
             (0x1E, 2) => self.queue_select.into(),
             (offset, width) => {

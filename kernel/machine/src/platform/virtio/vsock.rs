@@ -150,7 +150,12 @@ impl VirtioDevice for Vsock {
         self.guest_cid.to_le_bytes().get(offset as usize).copied().unwrap_or(0)
     }
 
-    fn start(&mut self, queues: &mut [Queue], memory: &mut dyn GuestMemory) -> Result<(), QueueError> {
+    fn start(
+        &mut self,
+        _features: u64,
+        queues: &mut [Queue],
+        memory: &mut dyn GuestMemory,
+    ) -> Result<(), QueueError> {
         self.notified = true;
         self.starved = false;
         if let [receive, transmit, event] = queues {
