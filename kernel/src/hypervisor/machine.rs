@@ -17,7 +17,9 @@ use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use nestling_machine::address::GuestPhysAddr;
 use nestling_machine::memory::MemoryError;
 use nestling_machine::platform::linux::{self, BootError, LinuxImage};
-use nestling_machine::platform::{DiskConfig, Host, MachineEnd, Platform, PlatformConfig, VsockState};
+use nestling_machine::platform::{
+    DiskConfig, Host, MachineEnd, NetworkConfig, Platform, PlatformConfig, VsockState,
+};
 use nestling_machine::vcpu::{HostCpuid, InterruptRouter, Vcpu, VcpuConfig};
 use nestling_storage::volume::{Base, Volume};
 use spin::{Mutex, Once};
@@ -92,6 +94,8 @@ pub struct Devices {
     pub(super) config_space: ConfigSpace,
     /// What the service has seen of them.
     seen: Progress,
+    /// Frames sent by the guest, for which the service was called.
+    frames_sent: u64,
 }
 
 impl Devices {
@@ -108,6 +112,8 @@ pub struct Size {
     pub memory_mib: u32,
     /// How many vCPUs it has, at least 1.
     pub vcpu_count: u32,
+    /// Its network card, if it has one.
+    pub network: Option<NetworkConfig>,
     /// Its disk, if it has one.
     pub disk: Option<DiskSize>,
 }
@@ -188,6 +194,7 @@ impl<B: Backend> Machine<B> {
         let mut devices = Devices {
             platform: Platform::new(PlatformConfig {
                 guest_cid: GUEST_CID,
+                network: size.network,
                 disk: disk.map(|disk| DiskConfig {
                     bytes: disk.bytes,
                     queues: u16::try_from(vcpu_count).unwrap_or(u16::MAX),
@@ -197,6 +204,7 @@ impl<B: Backend> Machine<B> {
                 .map(|disk| Volume::new(node.next_volume(), disk.base, disk.bytes, disk.overlay_bytes)),
             config_space: ConfigSpace::new(),
             seen: Progress { vsock: (VsockState::Listening, 0, 0) },
+            frames_sent: 0,
         };
         devices.seen = devices.progress();
         let mut machine = Self {
@@ -282,7 +290,7 @@ impl<B: Backend> Machine<B> {
     }
 
     fn settle(&self, devices: &mut Devices, node: &Node<B>) -> Progress {
-        let Devices { platform, volume, .. } = devices;
+        let Devices { platform, volume, frames_sent, .. } = devices;
         if platform.needs_poll() && !self.is_over() {
             self.work(platform, volume.as_mut(), node);
         }
@@ -292,6 +300,11 @@ impl<B: Backend> Machine<B> {
         }
         if let Some(end) = platform.end() {
             self.end(node, || End::Platform(end.clone()));
+        }
+        // Frames are no news that end a turn at once: the service comes when the guest waits or has had its time, not for each.
+        let sent = platform.network().map_or(0, |network| network.sent());
+        if core::mem::replace(frames_sent, sent) != sent {
+            node.want_service();
         }
         let progress = devices.progress();
         self.is_booting.store(progress.vsock.0 == VsockState::Listening, Ordering::Relaxed);

@@ -18,6 +18,7 @@ use nestling_api::types::{MachineConfig, WaitingFor};
 
 use super::images::Image;
 use super::machines::{AgentLink, CreateError, DiskSpec, MachineSpec, Machines};
+use super::network;
 
 /// How many bytes are carried in one step.
 const CHUNK: usize = 32 * 1024;
@@ -180,9 +181,10 @@ fn create<M: Machines>(job: &QueuedJob, images: &[Image], machines: &mut M) -> R
     machines.create(&MachineSpec {
         kernel: image.kernel,
         initramfs: image.initramfs,
-        command_line: &image.command_line,
+        command_line: &network::command_line(&image.command_line),
         mem_size_mib: job.machine_config.mem_size_mib,
         vcpu_count: job.machine_config.vcpu_count,
+        network: Some(network::CARD),
         disk: image.disk.map(|disk| DiskSpec {
             base: disk.base,
             free_mib: job.machine_config.disk_size_mib.unwrap_or(disk.free_mib),

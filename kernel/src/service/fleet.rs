@@ -2,7 +2,9 @@
 
 #![forbid(unsafe_code)]
 
-use super::machines::{AgentLink, CreateError, DiskSpec, HypervisorReport, MachineSpec, Machines};
+use super::machines::{
+    AgentLink, CreateError, DiskSpec, HypervisorReport, MachineSpec, Machines, NetworkLink,
+};
 use crate::cpu::clock;
 use crate::hypervisor::{self, Backend, DiskSize, End, ExitCounts, Fleet, MachineId, Size};
 use crate::memory::frames::SMALL_FRAME;
@@ -10,10 +12,11 @@ use crate::memory::heap;
 use alloc::collections::BTreeMap;
 use alloc::format;
 use alloc::string::{String, ToString};
+use alloc::vec::Vec;
 use nestling_api::jobs::{MachineEnd, MachineReport};
 use nestling_api::types::{HostMemory, Vendor, WaitingFor};
 use nestling_machine::platform::linux::LinuxImage;
-use nestling_machine::platform::{self, VsockHost, VsockState};
+use nestling_machine::platform::{self, Accepts, NetworkHost, Offload, VsockHost, VsockState};
 
 /// Memory sizes are whole large frames.
 const MEMORY_STEP_MIB: u32 = 2;
@@ -37,8 +40,9 @@ fn disk_size<B: Backend>(fleet: &Fleet<B>, memory_mib: u32, spec: &DiskSpec) -> 
         overlay_bytes,
         scratch_bytes: if has_scratch { change_bytes.saturating_sub(overlay_bytes) } else { 0 },
     };
-    let fits =
-        |overlay_bytes| fleet.ever_fits(&Size { memory_mib, vcpu_count: 1, disk: Some(size(overlay_bytes)) });
+    let fits = |overlay_bytes| {
+        fleet.ever_fits(&Size { memory_mib, vcpu_count: 1, network: None, disk: Some(size(overlay_bytes)) })
+    };
     let mut overlay_bytes = change_bytes;
     if !spec.asked_for || has_scratch {
         overlay_bytes = overlay_bytes.min(fleet.frames().1 as u64 * SMALL_FRAME / OVERLAY_SHARE);
@@ -94,7 +98,8 @@ impl<B: Backend> Machines for Fleet<B> {
         }
         let disk = spec.disk.map(|disk| disk_size(self, spec.mem_size_mib, &disk)).transpose();
         let disk = disk.map_err(CreateError::Impossible)?;
-        let size = Size { memory_mib: spec.mem_size_mib, vcpu_count: spec.vcpu_count, disk };
+        let size =
+            Size { memory_mib: spec.mem_size_mib, vcpu_count: spec.vcpu_count, network: spec.network, disk };
         if self.vcpus() + count > self.max_vcpus() {
             return Err(CreateError::Busy(WaitingFor::Cores));
         }
@@ -111,6 +116,10 @@ impl<B: Backend> Machines for Fleet<B> {
 
     fn with_agent<R>(&mut self, id: MachineId, work: impl FnOnce(&mut dyn AgentLink) -> R) -> Option<R> {
         self.with_platform(id, |platform| work(platform.vsock()))
+    }
+
+    fn with_network<R>(&mut self, id: MachineId, work: impl FnOnce(&mut dyn NetworkLink) -> R) -> Option<R> {
+        self.with_platform(id, |platform| platform.network().map(|network| work(network))).flatten()
     }
 
     fn ended(&self, id: MachineId) -> Option<MachineEnd> {
@@ -152,7 +161,8 @@ impl<B: Backend> Machines for Fleet<B> {
         let (_, total) = self.frames();
         let mut mib =
             u32::try_from((total as u64 * SMALL_FRAME) >> 20).unwrap_or(u32::MAX) & !(MEMORY_STEP_MIB - 1);
-        while mib > 0 && !self.ever_fits(&Size { memory_mib: mib, vcpu_count: 1, disk: None }) {
+        while mib > 0 && !self.ever_fits(&Size { memory_mib: mib, vcpu_count: 1, network: None, disk: None })
+        {
             mib -= MEMORY_STEP_MIB;
         }
         mib
@@ -202,5 +212,23 @@ impl AgentLink for VsockHost {
 
     fn send(&mut self, from: &[u8]) -> usize {
         Self::send(self, from)
+    }
+}
+
+impl NetworkLink for NetworkHost {
+    fn has_frame(&self) -> bool {
+        Self::has_frame(self)
+    }
+
+    fn take_frame(&mut self, into: &mut Vec<u8>) -> Option<Offload> {
+        Self::take_frame(self, into)
+    }
+
+    fn give_frame(&mut self, frame: &[u8], offload: Offload) -> bool {
+        Self::give_frame(self, frame, offload)
+    }
+
+    fn accepts(&self) -> Accepts {
+        Self::accepts(self)
     }
 }

@@ -4,9 +4,11 @@
 
 use alloc::collections::BTreeMap;
 use alloc::string::String;
+use alloc::vec::Vec;
 
 use nestling_api::jobs::{MachineEnd, MachineReport};
 use nestling_api::types::{HostMemory, Vendor, WaitingFor};
+use nestling_machine::platform::{Accepts, NetworkConfig, Offload};
 use nestling_storage::volume::Base;
 
 /// What a machine is made from.
@@ -22,6 +24,8 @@ pub struct MachineSpec<'a> {
     pub mem_size_mib: u32,
     /// Virtual processors.
     pub vcpu_count: u32,
+    /// Its network card, if it has one.
+    pub network: Option<NetworkConfig>,
     /// Its disk, if it has one.
     pub disk: Option<DiskSpec>,
 }
@@ -83,6 +87,22 @@ pub trait AgentLink {
     fn send(&mut self, from: &[u8]) -> usize;
 }
 
+/// The node's end of the cable to a machine's network card. Frames move when the machine runs next.
+#[allow(dead_code, reason = "the node's end of machines' cables is plugged in by a change of its own")]
+pub trait NetworkLink {
+    /// Whether [`NetworkLink::take_frame`] has a frame.
+    fn has_frame(&self) -> bool;
+
+    /// Takes the machine's oldest frame in place of what `into` held. `None` when there is none.
+    fn take_frame(&mut self, into: &mut Vec<u8>) -> Option<Offload>;
+
+    /// Queues a frame for the machine. False when there is no room for it now; frames that the machine cannot take are dropped.
+    fn give_frame(&mut self, frame: &[u8], offload: Offload) -> bool;
+
+    /// What may be left to do to frames for the machine.
+    fn accepts(&self) -> Accepts;
+}
+
 /// The machines of a node. They run between the calls of [`super::Service::poll`].
 pub trait Machines {
     /// Names a machine that exists.
@@ -97,6 +117,11 @@ pub trait Machines {
     /// Lets `work` talk with the machine's agent, while no vCPU uses the machine's devices. Afterwards the devices have taken what was
     /// sent, and the guest is told. `None` when there is no such machine (any more).
     fn with_agent<R>(&mut self, id: Self::Id, work: impl FnOnce(&mut dyn AgentLink) -> R) -> Option<R>;
+
+    /// Lets `work` use the cable to the machine's network card, as [`Machines::with_agent`] does. `None` when the machine has none, or there
+    /// is no such machine (any more).
+    #[allow(dead_code, reason = "see NetworkLink")]
+    fn with_network<R>(&mut self, id: Self::Id, work: impl FnOnce(&mut dyn NetworkLink) -> R) -> Option<R>;
 
     /// Whether and how the machine has ended.
     fn ended(&self, id: Self::Id) -> Option<MachineEnd>;

@@ -12,6 +12,7 @@ mod fleet;
 mod http_server;
 mod images;
 pub mod machines;
+mod network;
 mod node;
 mod settings;
 mod uplink;

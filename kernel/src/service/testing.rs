@@ -10,9 +10,10 @@ use nestling_api::Clock;
 use nestling_api::agent::AgentMessage;
 use nestling_api::jobs::{JobId, JobStore, MachineEnd, MachineReport, request};
 use nestling_api::types::{self, HostMemory, JobRequest, StepRequest, Vendor};
+use nestling_machine::platform::{Accepts, Offload};
 
 use super::images::Image;
-use super::machines::{AgentLink, CreateError, HypervisorReport, MachineSpec, Machines};
+use super::machines::{AgentLink, CreateError, HypervisorReport, MachineSpec, Machines, NetworkLink};
 use super::uplink::{Addressing, Uplink};
 use crate::drivers::nic::Nic;
 
@@ -89,10 +90,53 @@ impl AgentLink for FakeAgent {
     }
 }
 
+/// A machine's end of its cable: what the node gives, and what a test has the machine send.
+pub struct FakeNetwork {
+    pub to_node: VecDeque<(Vec<u8>, Offload)>,
+    pub from_node: Vec<(Vec<u8>, Offload)>,
+    /// Frames that [`NetworkLink::give_frame`] still takes.
+    pub room: usize,
+    pub accepts: Accepts,
+}
+
+impl Default for FakeNetwork {
+    fn default() -> Self {
+        let accepts = Accepts { csum: true, tso4: true };
+        Self { to_node: VecDeque::new(), from_node: Vec::new(), room: usize::MAX, accepts }
+    }
+}
+
+impl NetworkLink for FakeNetwork {
+    fn has_frame(&self) -> bool {
+        !self.to_node.is_empty()
+    }
+
+    fn take_frame(&mut self, into: &mut Vec<u8>) -> Option<Offload> {
+        let (frame, offload) = self.to_node.pop_front()?;
+        *into = frame;
+        Some(offload)
+    }
+
+    fn give_frame(&mut self, frame: &[u8], offload: Offload) -> bool {
+        if self.room == 0 {
+            return false;
+        }
+        self.room -= 1;
+        self.from_node.push((frame.to_vec(), offload));
+        true
+    }
+
+    fn accepts(&self) -> Accepts {
+        self.accepts
+    }
+}
+
 /// Machines that do nothing by themselves.
 pub struct FakeMachines {
     /// Those that exist, by their number.
     pub alive: BTreeMap<u32, FakeAgent>,
+    /// The cables of those that have a network card.
+    pub networks: BTreeMap<u32, FakeNetwork>,
     /// How the machine with a number ended by itself.
     pub ended: BTreeMap<u32, MachineEnd>,
     /// The answer to the next creation, if it is to fail.
@@ -105,24 +149,32 @@ pub struct FakeMachines {
 
 impl Default for FakeMachines {
     fn default() -> Self {
-        Self { alive: BTreeMap::new(), ended: BTreeMap::new(), refuse: None, made: 0, limit: 1 }
+        let (alive, networks, ended) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        Self { alive, networks, ended, refuse: None, made: 0, limit: 1 }
     }
 }
 
 impl Machines for FakeMachines {
     type Id = u32;
 
-    fn create(&mut self, _: &MachineSpec<'_>) -> Result<u32, CreateError> {
+    fn create(&mut self, spec: &MachineSpec<'_>) -> Result<u32, CreateError> {
         if let Some(error) = &self.refuse {
             return Err(error.clone());
         }
         self.made += 1;
         self.alive.insert(self.made, FakeAgent::default());
+        if spec.network.is_some() {
+            self.networks.insert(self.made, FakeNetwork::default());
+        }
         Ok(self.made)
     }
 
     fn with_agent<R>(&mut self, id: u32, work: impl FnOnce(&mut dyn AgentLink) -> R) -> Option<R> {
         self.alive.get_mut(&id).map(|agent| work(agent))
+    }
+
+    fn with_network<R>(&mut self, id: u32, work: impl FnOnce(&mut dyn NetworkLink) -> R) -> Option<R> {
+        self.networks.get_mut(&id).map(|network| work(network))
     }
 
     fn ended(&self, id: u32) -> Option<MachineEnd> {
@@ -135,6 +187,7 @@ impl Machines for FakeMachines {
 
     fn destroy(&mut self, id: u32) -> MachineReport {
         assert!(self.alive.remove(&id).is_some(), "machine {id} was destroyed twice");
+        self.networks.remove(&id);
         let end = self.ended.remove(&id).unwrap_or(MachineEnd::Destroyed);
         let (exits, peak_mib) = self.figures(id);
         MachineReport { end, console_tail: "the last line".into(), exits, peak_mib, disk_problem: None }

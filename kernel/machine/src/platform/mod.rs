@@ -26,8 +26,8 @@ use core::fmt;
 
 pub use console::{CONSOLE_TAIL_BYTES, ConsoleTail};
 pub use virtio::{
-    Accepts, Disk, DiskConfig, FRAME_BYTES_MAX, NetworkConfig, NetworkHost, Offload, PartialChecksum,
-    Progress, Segmentation, VsockHost, VsockState,
+    Accepts, Checksum, Disk, DiskConfig, FRAME_BYTES_MAX, Gso, NetworkConfig, NetworkHost, Offload, Progress,
+    VsockHost, VsockState,
 };
 
 use cmos::Cmos;

@@ -12,4 +12,4 @@ pub(super) mod vsock;
 
 pub use blk::{Disk, DiskConfig, Progress};
 pub use connection::{AGENT_PORT, HOST_CID, RECEIVE_BUFFER_BYTES, SEND_BUFFER_BYTES, VsockHost, VsockState};
-pub use net::{Accepts, FRAME_BYTES_MAX, NetworkConfig, NetworkHost, Offload, PartialChecksum, Segmentation};
+pub use net::{Accepts, Checksum, FRAME_BYTES_MAX, Gso, NetworkConfig, NetworkHost, Offload};

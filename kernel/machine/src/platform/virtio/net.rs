@@ -17,7 +17,7 @@ use alloc::vec;
 use alloc::vec::Vec;
 
 pub use host::NetworkHost;
-pub use offload::{Accepts, FRAME_BYTES_MAX, Offload, PartialChecksum, Segmentation};
+pub use offload::{Accepts, Checksum, FRAME_BYTES_MAX, Gso, Offload};
 
 use offload::HEADER_BYTES;
 

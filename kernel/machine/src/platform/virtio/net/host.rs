@@ -1,6 +1,6 @@
 //! The host's end of a machine's network card: frames that wait to go either way.
 
-use super::offload::{Accepts, FRAME_BYTES_MAX, Offload};
+use super::offload::{Accepts, Checksum, FRAME_BYTES_MAX, Offload};
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 
@@ -32,10 +32,6 @@ impl FrameQueue {
         let (frame, offload) = self.frames.pop_front()?;
         self.bytes -= frame.len();
         Some((frame, offload))
-    }
-
-    fn is_half_full(&self) -> bool {
-        self.frames.len() >= QUEUED_FRAMES_MAX / 2 || self.bytes >= QUEUED_BYTES_MAX / 2
     }
 
     fn clear(&mut self) {
@@ -83,12 +79,6 @@ impl NetworkHost {
         self.sent
     }
 
-    /// Whether frames of the guest should be taken soon, lest it has to wait.
-    #[must_use]
-    pub fn is_filling(&self) -> bool {
-        self.from_guest.is_half_full()
-    }
-
     /// Takes the oldest frame of the guest in place of what `into` held; says what is left to do to it.
     pub fn take_frame(&mut self, into: &mut Vec<u8>) -> Option<Offload> {
         let (frame, offload) = self.from_guest.pop()?;
@@ -99,12 +89,13 @@ impl NetworkHost {
     /// Queues a frame for the guest. False if there is no [`Self::room`] for it now.
     ///
     /// A frame that the guest cannot take is dropped, as a network card does: one that is longer than the MTU allows, has an
-    /// [`Offload`] that is not as its type promises or that the guest does not accept ([`Self::accepts`]), or finds no driver or
-    /// no link.
+    /// [`Offload`] that is not as its type promises or asks for what the guest does not do ([`Self::accepts`]), or finds no driver
+    /// or no link.
     #[must_use]
     pub fn give_frame(&mut self, frame: &[u8], offload: Offload) -> bool {
         let accepts = self.accepts();
-        let offload = Offload { checksum_valid: offload.checksum_valid && accepts.csum, ..offload };
+        let unheard = offload.checksum == Checksum::Verified && !accepts.csum;
+        let offload = if unheard { Offload { checksum: Checksum::Complete, ..offload } } else { offload };
         if !self.ready || !self.link_up || !offload.suits(frame.len(), accepts, self.mtu) {
             return true;
         }

@@ -15,43 +15,49 @@ const SEGMENTS_MAX: usize = 2048;
 
 const FLAG_NEEDS_CHECKSUM: u8 = 1 << 0;
 const FLAG_DATA_VALID: u8 = 1 << 1;
-const SEGMENT_NONE: u8 = 0;
-const SEGMENT_TCPV4: u8 = 1;
+const GSO_NONE: u8 = 0;
+const GSO_TCPV4: u8 = 1;
 
 /// Where the data offset stands in a TCP header, and the header's least length (RFC 9293, 3.1).
 const TCP_DATA_OFFSET: usize = 12;
 const TCP_BYTES_MIN: usize = 20;
 
-/// Where a frame's transport checksum goes: it holds the sum of the pseudo header and still needs that of the bytes from `start` on.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct PartialChecksum {
-    /// Where the transport header starts, in bytes from the frame's start.
-    pub start: u16,
-    /// Where the checksum is in the transport header, in bytes.
-    pub offset: u16,
+/// What is known of a frame's transport checksum.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub enum Checksum {
+    /// It is complete; nobody has looked at it.
+    #[default]
+    Complete,
+    /// It is complete and was found right. Only for frames to the guest.
+    Verified,
+    /// It is that of the pseudo header alone and has to be completed.
+    Partial {
+        /// Where the transport header starts, in bytes from the frame's start.
+        start: u16,
+        /// Where the checksum is in the transport header, in bytes.
+        offset: u16,
+    },
 }
 
-/// How a frame is cut into several.
+/// How a frame is cut into several (generic segmentation offload).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Segmentation {
+pub struct Gso {
     /// Payload bytes of each segment but the last.
     pub size: u16,
     /// Bytes of the Ethernet, IPv4 and TCP headers that go in front of each.
-    pub header_length: u16,
+    pub header_bytes: u16,
 }
 
 /// What is left to do to a frame before it can go over a cable.
 ///
-/// Places in the frame lie in it, a [`Segmentation`] comes with a [`PartialChecksum`], and what is to be segmented fits the MTU
-/// then: frames for which this is not so are dropped by the device, in either direction.
+/// Places in the frame lie in it, a frame to cut has a partial checksum, and what it is cut into fits the MTU: frames for which
+/// this is not so are dropped by the device, in either direction.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct Offload {
-    /// The checksum to complete.
-    pub needs_checksum: Option<PartialChecksum>,
-    /// The frame is TCP over IPv4 and to be cut into segments.
-    pub segment: Option<Segmentation>,
-    /// The transport checksum was verified. Only for frames to the guest.
-    pub checksum_valid: bool,
+    /// The state of its transport checksum.
+    pub checksum: Checksum,
+    /// The frame is TCP over IPv4 and has to be cut.
+    pub gso: Option<Gso>,
 }
 
 /// Which offloads one side takes.
@@ -73,38 +79,36 @@ impl Offload {
     ) -> Option<Self> {
         // The header's length is a hint that a driver need not get right (5.1.6.2.2), and the number of buffers is not the guest's to say.
         let [flags, kind, _, _, size0, size1, start0, start1, offset0, offset1, _, _] = *header;
-        let needs_checksum = (flags & FLAG_NEEDS_CHECKSUM != 0).then_some(PartialChecksum {
-            start: u16::from_le_bytes([start0, start1]),
-            offset: u16::from_le_bytes([offset0, offset1]),
-        });
-        let segment = match kind {
-            SEGMENT_NONE => None,
-            SEGMENT_TCPV4 => Some(Segmentation {
+        let (start, offset) = (u16::from_le_bytes([start0, start1]), u16::from_le_bytes([offset0, offset1]));
+        let partial = flags & FLAG_NEEDS_CHECKSUM != 0;
+        let gso = match kind {
+            GSO_NONE => None,
+            GSO_TCPV4 if partial => Some(Gso {
                 size: u16::from_le_bytes([size0, size1]),
-                header_length: tcp_payload(frame, needs_checksum?.start.into())?,
+                header_bytes: tcp_payload(frame, start.into())?,
             }),
             _ => return None,
         };
-        let offload = Self { needs_checksum, segment, checksum_valid: false };
+        let checksum = if partial { Checksum::Partial { start, offset } } else { Checksum::Complete };
+        let offload = Self { checksum, gso };
         offload.suits(frame.len(), accepts, mtu).then_some(offload)
     }
 
     /// The header in front of a frame that lies in `buffers` buffers.
     pub(super) fn to_header(self, buffers: u16) -> [u8; HEADER_BYTES] {
-        let flags = match self.needs_checksum {
-            Some(_) => FLAG_NEEDS_CHECKSUM,
-            None if self.checksum_valid => FLAG_DATA_VALID,
-            None => 0,
+        let (flags, start, offset) = match self.checksum {
+            Checksum::Complete => (0, 0, 0),
+            Checksum::Verified => (FLAG_DATA_VALID, 0, 0),
+            Checksum::Partial { start, offset } => (FLAG_NEEDS_CHECKSUM, start, offset),
         };
-        let (start, offset) = self.needs_checksum.map_or((0, 0), |place| (place.start, place.offset));
         let (kind, length, size) =
-            self.segment.map_or((SEGMENT_NONE, 0, 0), |cut| (SEGMENT_TCPV4, cut.header_length, cut.size));
-        let [length, size] = [length.to_le_bytes(), size.to_le_bytes()];
-        let [start, offset, buffers] = [start.to_le_bytes(), offset.to_le_bytes(), buffers.to_le_bytes()];
-        [
-            flags, kind, length[0], length[1], size[0], size[1], start[0], start[1], offset[0], offset[1],
-            buffers[0], buffers[1],
-        ]
+            self.gso.map_or((GSO_NONE, 0, 0), |gso| (GSO_TCPV4, gso.header_bytes, gso.size));
+        let [l0, l1] = length.to_le_bytes();
+        let [z0, z1] = size.to_le_bytes();
+        let [s0, s1] = start.to_le_bytes();
+        let [o0, o1] = offset.to_le_bytes();
+        let [b0, b1] = buffers.to_le_bytes();
+        [flags, kind, l0, l1, z0, z1, s0, s1, o0, o1, b0, b1]
     }
 
     /// Whether a frame of `length` bytes can have this offload, and be one at all.
@@ -113,20 +117,25 @@ impl Offload {
         if !(ETHERNET_BYTES..=FRAME_BYTES_MAX).contains(&length) {
             return false;
         }
-        if let Some(PartialChecksum { start, offset }) = self.needs_checksum {
-            let (start, offset) = (usize::from(start), usize::from(offset));
-            if !accepts.csum || start < ETHERNET_BYTES || start + offset + 2 > length {
-                return false;
+        let header = match self.checksum {
+            Checksum::Complete => None,
+            Checksum::Verified if accepts.csum => None,
+            Checksum::Partial { start, offset }
+                if accepts.csum
+                    && usize::from(start) >= ETHERNET_BYTES
+                    && usize::from(start) + usize::from(offset) + 2 <= length =>
+            {
+                Some(start)
             }
-        }
-        let Some(Segmentation { size, header_length }) = self.segment else { return length <= longest };
-        let (size, header_length) = (usize::from(size), usize::from(header_length));
-        let payload = length.checked_sub(header_length);
+            Checksum::Verified | Checksum::Partial { .. } => return false,
+        };
+        let Some(gso) = self.gso else { return length <= longest };
+        let (size, header_bytes) = (usize::from(gso.size), usize::from(gso.header_bytes));
         accepts.tso4
-            && self.needs_checksum.is_some_and(|place| usize::from(place.start) < header_length)
+            && header.is_some_and(|start| start < gso.header_bytes)
             && size > 0
-            && header_length + size <= longest
-            && payload.is_some_and(|payload| payload.div_ceil(size) <= SEGMENTS_MAX)
+            && header_bytes + size <= longest
+            && length.checked_sub(header_bytes).is_some_and(|payload| payload.div_ceil(size) <= SEGMENTS_MAX)
     }
 }
 
@@ -173,8 +182,8 @@ mod tests {
     #[test]
     fn a_frame_to_segment_has_its_header_length_from_the_frame() {
         let offload = parse(header(1, 1, 1448, TCP, 16), 60_000).unwrap();
-        assert_eq!(offload.needs_checksum, Some(PartialChecksum { start: TCP, offset: 16 }));
-        assert_eq!(offload.segment, Some(Segmentation { size: 1448, header_length: 66 }));
+        assert_eq!(offload.checksum, Checksum::Partial { start: TCP, offset: 16 });
+        assert_eq!(offload.gso, Some(Gso { size: 1448, header_bytes: 66 }));
     }
 
     #[test]
@@ -226,10 +235,10 @@ mod tests {
     fn headers_to_the_guest_say_what_is_left_to_do() {
         let plain = Offload::default();
         assert_eq!(plain.to_header(1), [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
-        assert_eq!(Offload { checksum_valid: true, ..plain }.to_header(1)[0], 2);
-        let needs_checksum = Some(PartialChecksum { start: TCP, offset: 16 });
-        let segment = Some(Segmentation { size: 1448, header_length: 66 });
-        let header = Offload { needs_checksum, segment, checksum_valid: true }.to_header(0x102);
+        assert_eq!(Offload { checksum: Checksum::Verified, gso: None }.to_header(1)[0], 2);
+        let checksum = Checksum::Partial { start: TCP, offset: 16 };
+        let gso = Some(Gso { size: 1448, header_bytes: 66 });
+        let header = Offload { checksum, gso }.to_header(0x102);
         assert_eq!(header, [1, 1, 66, 0, 0xA8, 5, 34, 0, 16, 0, 2, 1]);
     }
 
@@ -244,16 +253,15 @@ mod tests {
             header[1] = kind;
             header[7] &= 0x0F;
             if let Some(offload) = Offload::from_header(&header, &frame, ALL, MTU) {
-                if let Some(place) = offload.needs_checksum {
-                    let end = usize::from(place.start) + usize::from(place.offset) + 2;
-                    prop_assert!(place.start >= 14 && end <= frame.len());
+                if let Checksum::Partial { start, offset } = offload.checksum {
+                    prop_assert!(start >= 14 && usize::from(start) + usize::from(offset) + 2 <= frame.len());
                 }
-                match offload.segment {
+                match offload.gso {
                     None => prop_assert!(frame.len() <= 1514),
-                    Some(cut) => {
-                        prop_assert!(usize::from(cut.header_length) <= frame.len());
-                        prop_assert!(cut.size > 0 && cut.header_length + cut.size <= 1514);
-                        prop_assert!(offload.needs_checksum.is_some());
+                    Some(gso) => {
+                        prop_assert!(usize::from(gso.header_bytes) <= frame.len());
+                        prop_assert!(gso.size > 0 && gso.header_bytes + gso.size <= 1514);
+                        prop_assert_ne!(offload.checksum, Checksum::Complete);
                     }
                 }
             }
