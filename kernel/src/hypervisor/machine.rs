@@ -162,7 +162,7 @@ impl<B: Backend> Machine<B> {
         image: &LinuxImage<'_>,
         size: &Size,
     ) -> Result<Self, CreateError> {
-        let Size { memory_mib, vcpu_count, disk } = *size;
+        let Size { memory_mib, vcpu_count, network, disk } = *size;
         let pool = &node.pool;
         let ram_bytes = u64::from(memory_mib) << 20;
         let Some(nested) = NestedTable::new(pool) else { return Err(CreateError::OutOfFrames) };
@@ -194,7 +194,7 @@ impl<B: Backend> Machine<B> {
         let mut devices = Devices {
             platform: Platform::new(PlatformConfig {
                 guest_cid: GUEST_CID,
-                network: size.network,
+                network,
                 disk: disk.map(|disk| DiskConfig {
                     bytes: disk.bytes,
                     queues: u16::try_from(vcpu_count).unwrap_or(u16::MAX),

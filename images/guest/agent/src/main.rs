@@ -7,6 +7,7 @@
 mod artifacts;
 mod connection;
 mod files;
+mod network;
 mod root;
 mod serve;
 mod settings;

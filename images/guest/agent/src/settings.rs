@@ -2,6 +2,9 @@
 
 use std::path::PathBuf;
 
+use crate::network::Network;
+use crate::system::optional;
+
 /// How the agent reaches the node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Transport {
@@ -37,6 +40,8 @@ pub(crate) struct Settings {
     pub(crate) environment: Vec<(String, String)>,
     /// The disk to change to, if the initramfs is not the root itself.
     pub(crate) root: Option<RootDisk>,
+    /// What to set the network card up by.
+    pub(crate) network: Option<Network>,
 }
 
 impl Default for Settings {
@@ -48,6 +53,7 @@ impl Default for Settings {
             home: "/root".into(),
             environment: Vec::new(),
             root: None,
+            network: None,
         }
     }
 }
@@ -82,12 +88,17 @@ impl Settings {
         self.environment = settings.map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
     }
 
-    /// Takes `nestling.transport=DEVICE`, `root=DEVICE` and `rootfstype=NAME` from the kernel's command line.
+    /// Takes `nestling.transport=DEVICE`, `nestling.net=ADDRESS/PREFIX,GATEWAY,DNS`, `root=DEVICE` and `rootfstype=NAME` from the
+    /// kernel's command line.
     pub(crate) fn read_kernel_command_line(&mut self, line: &str) {
         let (mut device, mut kind) = (None, "ext4");
         for word in line.split_ascii_whitespace() {
             match word.split_once('=') {
                 Some(("nestling.transport", path)) => self.transport = Transport::Device(path.into()),
+                Some(("nestling.net", text)) => {
+                    let network = text.parse().map_err(std::io::Error::other);
+                    optional("set the network up", network.map(|network| self.network = Some(network)));
+                }
                 Some(("root", path)) => device = Some(PathBuf::from(path)),
                 Some(("rootfstype", name)) => kind = name,
                 _ => {}
@@ -140,6 +151,15 @@ mod tests {
         settings.read_environment("LANG=C.UTF-8\nodd\nOPTIONS=-a=b -c\n");
         let expected = [("LANG", "C.UTF-8"), ("OPTIONS", "-a=b -c")];
         assert_eq!(settings.environment, expected.map(|(name, value)| (name.to_owned(), value.to_owned())));
+    }
+
+    #[test]
+    fn the_kernel_command_line_can_set_the_network_up() {
+        let mut settings = Settings::default();
+        settings.read_kernel_command_line("quiet nestling.net=rubbish");
+        assert_eq!(settings.network, None);
+        settings.read_kernel_command_line("quiet nestling.net=192.0.0.2/29,192.0.0.1,192.0.0.1");
+        assert_eq!(settings.network, "192.0.0.2/29,192.0.0.1,192.0.0.1".parse().ok());
     }
 
     #[test]

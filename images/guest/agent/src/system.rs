@@ -11,6 +11,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::resource::{Resource, setrlimit};
 
+use crate::network;
 use crate::root;
 use crate::settings::Settings;
 
@@ -77,6 +78,9 @@ pub(crate) fn start(settings: &mut Settings) -> Result<(), String> {
     }
     // 0x1 is IFF_UP (Linux: include/uapi/linux/if.h).
     optional("bring lo up", fs::write("/sys/class/net/lo/flags", "0x1"));
+    if let Some(network) = &settings.network {
+        network::start(network);
+    }
     let (soft, hard) = OPEN_FILES;
     optional(
         "set the limit of open files",
