@@ -23,8 +23,13 @@ pub trait Nic {
     /// are dropped.
     fn receive(&mut self, into: &mut [u8]) -> Option<usize>;
 
+    /// How many frames [`Nic::transmit`] would take now.
+    fn transmit_room(&mut self) -> usize;
+
     /// Whether [`Nic::transmit`] would take a frame now.
-    fn can_transmit(&mut self) -> bool;
+    fn can_transmit(&mut self) -> bool {
+        self.transmit_room() > 0
+    }
 
     /// Queues a frame for sending. False if it was dropped because the queue is full, the frame too long or
     /// the device broken.

@@ -38,6 +38,8 @@ pub struct VirtioNet {
     receiving: Vec<Option<Buffer>>,
     sending: Vec<Option<Buffer>>,
     spare: Vec<Buffer>,
+    /// Frames in `sending`.
+    under_way: usize,
     line: Option<IrqLine>,
     broken: bool,
 }
@@ -69,6 +71,7 @@ impl VirtioNet {
             receiving: (0..QUEUE_SIZE).map(|_| None).collect(),
             sending: (0..QUEUE_SIZE).map(|_| None).collect(),
             spare: Vec::with_capacity(QUEUE_SIZE),
+            under_way: 0,
             line: line.filter(|_| interrupting.load(Ordering::Relaxed)),
             broken: false,
         };
@@ -110,6 +113,7 @@ impl VirtioNet {
                 self.fail("it returned a descriptor it was not given", Box::default());
                 return;
             };
+            self.under_way -= 1;
             // The length of the buffer as it was queued is the descriptor's own; the crate only wants the
             // same slice. SAFETY: this is the buffer transmit_begin returned this token for.
             match unsafe { self.raw.transmit_complete(token, &buffer) } {
@@ -161,9 +165,11 @@ impl Nic for VirtioNet {
         None
     }
 
-    fn can_transmit(&mut self) -> bool {
+    fn transmit_room(&mut self) -> usize {
         self.reap();
-        !self.broken && (!self.spare.is_empty() || self.raw.can_send())
+        // The crate takes a frame while two descriptors are free and uses one.
+        let room = QUEUE_SIZE.saturating_sub(self.under_way + 1);
+        if self.broken { 0 } else { room }
     }
 
     fn transmit(&mut self, frame: &[u8]) -> bool {
@@ -183,6 +189,7 @@ impl Nic for VirtioNet {
             Ok(token) => match self.sending.get_mut(usize::from(token)) {
                 Some(place) if place.is_none() => {
                     *place = Some(buffer);
+                    self.under_way += 1;
                     true
                 }
                 _ => {

@@ -146,9 +146,9 @@ impl<R: Registers> Adapter<R> {
         None
     }
 
-    /// Whether [`Adapter::transmit`] would not find the queue full. Without a link nothing is queued, so it never is.
-    pub fn can_transmit(&mut self) -> bool {
-        !self.link_up || self.transmit.has_room()
+    /// How many frames [`Adapter::transmit`] finds room for in its queue. Without a link nothing is queued, so it is never full.
+    pub fn transmit_room(&mut self) -> usize {
+        if self.link_up { self.transmit.room() } else { LENGTH - 1 }
     }
 
     /// Queues a frame for sending; false if it was dropped.

@@ -157,8 +157,8 @@ impl Nic for E1000 {
         self.adapter.receive(into)
     }
 
-    fn can_transmit(&mut self) -> bool {
-        self.adapter.can_transmit()
+    fn transmit_room(&mut self) -> usize {
+        self.adapter.transmit_room()
     }
 
     fn transmit(&mut self, frame: &[u8]) -> bool {

@@ -170,20 +170,25 @@ impl TransmitRing {
         self.ring.descriptors.physical()
     }
 
-    /// Whether a frame can be queued.
-    pub fn has_room(&mut self) -> bool {
-        // Only a full ring needs to know what was sent, and then much of it was.
-        if after(self.next) == self.oldest {
+    /// How many frames can be queued.
+    pub fn room(&mut self) -> usize {
+        // Only a ring that is half full needs to know what was sent, and then much of it was.
+        if self.free() < LENGTH / 2 {
             while self.oldest != self.next && self.ring.word(self.oldest) & DONE != 0 {
                 self.oldest = after(self.oldest);
             }
         }
-        after(self.next) != self.oldest
+        self.free()
+    }
+
+    /// Descriptors that were reported as sent; one stays unused.
+    fn free(&self) -> usize {
+        (self.oldest + LENGTH - self.next - 1) % LENGTH
     }
 
     /// Queues a frame and returns the tail for the device; `None` if the ring is full or the frame too long.
     pub fn push(&mut self, frame: &[u8]) -> Option<u32> {
-        if frame.is_empty() || frame.len() > MAX_FRAME_BYTES || !self.has_room() {
+        if frame.is_empty() || frame.len() > MAX_FRAME_BYTES || self.room() == 0 {
             return None;
         }
         if !self.ring.buffers.write(self.next * BUFFER_BYTES, frame) {
