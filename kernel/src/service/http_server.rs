@@ -286,7 +286,7 @@ mod tests {
             self.ms += 1;
             let now = at(self.ms);
             let Self { node, client, to_client, server, api, random, answers_are_lost, .. } = self;
-            node.receive(now.monotonic_ns, |sockets| server.listen(sockets, now.monotonic_ns));
+            node.receive(now.monotonic_ns, |_, _| false, |sockets| server.listen(sockets, now.monotonic_ns));
             let images = [image("minimal")];
             let mut view = NodeView {
                 name: "node",
@@ -304,7 +304,7 @@ mod tests {
             if *answers_are_lost {
                 to_client.borrow_mut().retain(|frame| frame.get(47).is_none_or(|flags| flags & 2 == 0));
             }
-            client.receive(now.monotonic_ns, |_| {});
+            client.receive(now.monotonic_ns, |_, _| false, |_| {});
             client.transmit(now.monotonic_ns);
         }
 

@@ -112,8 +112,9 @@ impl<Id: Copy> Service<Id> {
         if settings.token.is_none() {
             log::warn!("auth=off: everybody who reaches this node may run jobs on it");
         }
+        let seed = random.number();
         let mut uplink =
-            Uplink::new(nic, settings.addressing, settings.port, random.number(), clock::now_ns());
+            Uplink::new(nic, settings.addressing, settings.dns_servers, settings.port, seed, clock::now_ns());
         let server = HttpServer::new(settings.port, &mut uplink.sockets);
         let network = Network { uplink, server };
         Ok(Self {
@@ -132,7 +133,7 @@ impl<Id: Copy> Service<Id> {
     pub fn poll<M: Machines<Id = Id>>(&mut self, machines: &mut M) -> Option<u64> {
         let now = Clock { monotonic_ns: clock::now_ns(), unix_ns: clock::unix_ns() };
         let Network { uplink, server } = &mut self.network;
-        uplink.receive(now.monotonic_ns, |sockets| server.listen(sockets, now.monotonic_ns));
+        uplink.receive(now.monotonic_ns, |_, _| false, |sockets| server.listen(sockets, now.monotonic_ns));
         if self.ready_ns.is_none() && uplink.is_up() && !self.images.is_empty() {
             let ns = now.monotonic_ns;
             self.ready_ns = Some(ns);

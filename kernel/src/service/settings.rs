@@ -4,6 +4,8 @@
 
 use alloc::format;
 use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+use core::net::Ipv4Addr;
 
 use super::uplink::Addressing;
 use crate::boot::CommandLine;
@@ -14,6 +16,8 @@ const DEFAULT_NAME: &str = "nestling";
 const MAX_NAME_BYTES: usize = 64;
 /// A token shorter than this could be guessed.
 const MIN_TOKEN_BYTES: usize = 16;
+/// As many as DHCP may name.
+const MAX_DNS_SERVERS: usize = 3;
 
 /// The command line's words, understood.
 pub struct Settings {
@@ -25,10 +29,12 @@ pub struct Settings {
     pub token: Option<String>,
     /// How the node gets its address.
     pub addressing: Addressing,
+    /// Who resolves names for the machines; empty: whom DHCP names.
+    pub dns_servers: Vec<Ipv4Addr>,
 }
 
 impl Settings {
-    /// Reads `name=`, `port=`, `token=` or `auth=off`, `ip=` and `gateway=`. Other words are other modules'
+    /// Reads `name=`, `port=`, `token=` or `auth=off`, `ip=`, `gateway=` and `dns=`. Other words are other modules'
     /// business.
     ///
     /// # Errors
@@ -54,12 +60,25 @@ impl Settings {
             }
         };
         let addressing = Addressing::parse(line.value("ip"), line.value("gateway"))?;
+        let dns_servers = parse_dns(line.value("dns"))?;
         let name = line.value("name").unwrap_or(DEFAULT_NAME);
         if name.is_empty() || name.len() > MAX_NAME_BYTES {
             return Err(format!("name={name} must have 1 to {MAX_NAME_BYTES} characters"));
         }
-        Ok(Self { name: name.to_string(), port, token, addressing })
+        Ok(Self { name: name.to_string(), port, token, addressing, dns_servers })
     }
+}
+
+/// Reads `dns=`'s list of addresses.
+fn parse_dns(list: Option<&str>) -> Result<Vec<Ipv4Addr>, String> {
+    let wrong = |text: &str| {
+        format!(
+            "dns={text} is not a list of at most {MAX_DNS_SERVERS} IPv4 addresses, such as 10.0.2.3,9.9.9.9"
+        )
+    };
+    let Some(list) = list else { return Ok(Vec::new()) };
+    let servers: Result<Vec<Ipv4Addr>, _> = list.split(',').map(str::parse).collect();
+    servers.ok().filter(|servers| servers.len() <= MAX_DNS_SERVERS).ok_or_else(|| wrong(list))
 }
 
 #[cfg(test)]
@@ -96,6 +115,9 @@ mod tests {
             ("auth=off ip=10.0.2.15/24 gateway=ten", "gateway=ten is not"),
             ("auth=off ip=10.0.2.15/24 gateway=10.0.3.2", "does not lie in the network"),
             ("auth=off gateway=10.0.3.2", "needs a static address"),
+            ("auth=off dns=", "such as 10.0.2.3"),
+            ("auth=off dns=9.9.9.9,x", "dns=9.9.9.9,x is not"),
+            ("auth=off dns=1.1.1.1,2.2.2.2,3.3.3.3,4.4.4.4", "at most 3"),
             ("auth=off name=", "1 to 64"),
         ];
         for (line, part) in cases {
@@ -112,5 +134,12 @@ mod tests {
             (address.to_string(), gateway.unwrap().to_string()),
             ("10.0.2.15/24".into(), "10.0.2.2".into())
         );
+    }
+
+    #[test]
+    fn those_who_resolve_names_are_read_in_their_order() {
+        let servers = [Ipv4Addr::new(10, 0, 2, 3), Ipv4Addr::new(9, 9, 9, 9)];
+        assert_eq!(read("auth=off dns=10.0.2.3,9.9.9.9").unwrap().dns_servers, servers);
+        assert!(read("auth=off").unwrap().dns_servers.is_empty());
     }
 }

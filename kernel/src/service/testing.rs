@@ -245,8 +245,8 @@ impl Nic for CableEnd {
         Some(frame.len())
     }
 
-    fn can_transmit(&mut self) -> bool {
-        self.outgoing.borrow().len() < self.queue
+    fn transmit_room(&mut self) -> usize {
+        self.queue.saturating_sub(self.outgoing.borrow().len())
     }
 
     fn transmit(&mut self, frame: &[u8]) -> bool {
@@ -272,7 +272,14 @@ pub fn connected_uplinks(queue: usize) -> (Uplink, Uplink, Wire, Wire) {
     let end = |mac, incoming: &Wire, outgoing: &Wire| {
         let nic = CableEnd { mac, incoming: Rc::clone(incoming), outgoing: Rc::clone(outgoing), queue };
         let ip = alloc::format!("10.0.0.{mac}/24");
-        Uplink::new(Box::new(nic), Addressing::parse(Some(&ip), None).unwrap(), 80, u64::from(mac), 0)
+        Uplink::new(
+            Box::new(nic),
+            Addressing::parse(Some(&ip), None).unwrap(),
+            Vec::new(),
+            80,
+            u64::from(mac),
+            0,
+        )
     };
     (end(1, &to_first, &to_second), end(2, &to_second, &to_first), to_first, to_second)
 }

@@ -1,12 +1,14 @@
 //! The node's network: Ethernet, IPv4 and its address, by DHCP or fixed.
 //!
-//! Protocols are smoltcp's. RFC 2131 (DHCP), RFC 1122 (host requirements).
+//! Protocols are smoltcp's. RFC 2131 (DHCP), RFC 1122 (host requirements). The address and the interface are shared with the machines'
+//! network, which sees every received frame first ([`Uplink::receive`]) and sends frames of its own ([`Uplink::nic`]).
 
 #![forbid(unsafe_code)]
 
 use alloc::boxed::Box;
 use alloc::string::{String, ToString};
 use alloc::vec;
+use alloc::vec::Vec;
 use core::fmt;
 use core::net::Ipv4Addr;
 
@@ -84,13 +86,24 @@ impl Addressing {
     }
 }
 
+/// The node's address and what is beyond it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Configuration {
+    /// Address and prefix length.
+    pub address: Ipv4Cidr,
+    /// The way out of the local network.
+    pub gateway: Option<Ipv4Addr>,
+    /// Who resolves names, in order of preference.
+    pub dns_servers: Vec<Ipv4Addr>,
+}
+
 /// The interface as smoltcp wants it: a frame is copied in and out of one buffer each.
 struct Link {
     nic: Box<dyn Nic>,
     received: Box<[u8]>,
     sending: Box<[u8]>,
-    /// Received frames wait although no interrupt will tell of them again.
-    behind: bool,
+    /// Length of the frame in `received` that is smoltcp's next.
+    next: Option<usize>,
 }
 
 struct Received<'a>(&'a [u8]);
@@ -127,12 +140,7 @@ impl Device for Link {
     type TxToken<'a> = Sending<'a>;
 
     fn receive(&mut self, _: Instant) -> Option<(Received<'_>, Sending<'_>)> {
-        // A received frame may need an answer at once: without room for that it has to wait.
-        if !self.nic.can_transmit() {
-            self.behind = true;
-            return None;
-        }
-        let length = self.nic.receive(&mut self.received)?;
+        let length = self.next.take()?;
         let frame = self.received.get(..length)?;
         Some((Received(frame), Sending { nic: &mut *self.nic, buffer: &mut self.sending }))
     }
@@ -163,23 +171,44 @@ pub struct Uplink {
     /// Every socket of the node; the HTTP server adds its own.
     pub sockets: SocketSet<'static>,
     dhcp: Option<Dhcp>,
+    configuration: Option<Configuration>,
+    /// The operator's word on who resolves names, which goes before DHCP's.
+    dns_servers: Vec<Ipv4Addr>,
+    /// Received frames wait although no interrupt will tell of them again.
+    behind: bool,
     port: u16,
 }
 
 impl Uplink {
-    /// Starts the protocols on an interface. `port` is only for telling people where the node answers; `seed`
-    /// makes TCP's sequence numbers hard to guess.
+    /// Starts the protocols on an interface. `dns_servers` take the place of those that DHCP names, unless there are none. `port` is
+    /// only for telling people where the node answers; `seed` makes TCP's sequence numbers hard to guess.
     #[must_use]
-    pub fn new(nic: Box<dyn Nic>, addressing: Addressing, port: u16, seed: u64, now: u64) -> Self {
+    pub fn new(
+        nic: Box<dyn Nic>,
+        addressing: Addressing,
+        dns_servers: Vec<Ipv4Addr>,
+        port: u16,
+        seed: u64,
+        now: u64,
+    ) -> Self {
         let mac = EthernetAddress(nic.mac());
         let buffer = || vec![0; MAX_FRAME_BYTES].into_boxed_slice();
-        let mut link = Link { nic, received: buffer(), sending: buffer(), behind: false };
+        let mut link = Link { nic, received: buffer(), sending: buffer(), next: None };
         let mut config = Config::new(HardwareAddress::Ethernet(mac));
         config.random_seed = seed;
         let interface = Interface::new(config, &mut link, instant(now));
-        let mut uplink = Self { link, interface, sockets: SocketSet::new(vec![]), dhcp: None, port };
+        let mut uplink = Self {
+            link,
+            interface,
+            sockets: SocketSet::new(vec![]),
+            dhcp: None,
+            configuration: None,
+            dns_servers,
+            behind: false,
+            port,
+        };
         match addressing {
-            Addressing::Static { address, gateway } => uplink.configure(address, gateway, ""),
+            Addressing::Static { address, gateway } => uplink.configure(address, gateway, &[], ""),
             Addressing::Dhcp => {
                 let mut socket = dhcpv4::Socket::new();
                 let mut retry = dhcpv4::RetryConfig::default();
@@ -193,21 +222,55 @@ impl Uplink {
         uplink
     }
 
-    /// Takes received frames. `state_changed` is called whenever a frame may have changed a socket, before
-    /// the next frame.
-    pub fn receive(&mut self, now: u64, mut state_changed: impl FnMut(&mut SocketSet<'static>)) {
+    /// Takes received frames. Each is offered to `first`, with the interface to answer on, and only the node's own if that does not
+    /// take it (returns false). `state_changed` is called whenever a frame may have changed a socket, before the next frame.
+    pub fn receive(
+        &mut self,
+        now: u64,
+        mut first: impl FnMut(&mut [u8], &mut dyn Nic) -> bool,
+        mut state_changed: impl FnMut(&mut SocketSet<'static>),
+    ) {
         // Interrupts only wake the loop; every call looks at the ring.
         self.link.nic.take_interrupt();
-        self.link.behind = false;
-        for frame in 1..=FRAMES_PER_POLL {
+        self.behind = true;
+        for _ in 0..FRAMES_PER_POLL {
+            let Link { nic, received, next, .. } = &mut self.link;
+            // A received frame may need an answer at once: without room for that it has to wait.
+            if !nic.can_transmit() {
+                break;
+            }
+            let Some(length) = nic.receive(received) else {
+                self.behind = false;
+                break;
+            };
+            let Some(frame) = received.get_mut(..length) else { continue };
+            if first(frame, &mut **nic) {
+                continue;
+            }
+            *next = Some(length);
             match self.interface.poll_ingress_single(instant(now), &mut self.link, &mut self.sockets) {
-                PollIngressSingleResult::None => break,
-                PollIngressSingleResult::PacketProcessed => {}
+                PollIngressSingleResult::None | PollIngressSingleResult::PacketProcessed => {}
                 PollIngressSingleResult::SocketStateChanged => state_changed(&mut self.sockets),
             }
-            self.link.behind |= frame == FRAMES_PER_POLL;
         }
         self.follow_dhcp(now);
+    }
+
+    /// The interface, for frames that are not the node's own.
+    pub fn nic(&mut self) -> &mut dyn Nic {
+        &mut *self.link.nic
+    }
+
+    /// The node's address and what is beyond it; none without an address.
+    #[must_use]
+    pub const fn configuration(&self) -> Option<&Configuration> {
+        self.configuration.as_ref()
+    }
+
+    /// The interface's Ethernet address.
+    #[must_use]
+    pub fn mac(&self) -> [u8; 6] {
+        self.link.nic.mac()
     }
 
     /// Sends what the sockets have to send.
@@ -229,8 +292,8 @@ impl Uplink {
             // at once.
             if at <= now { now.saturating_add(POLL_INTERVAL_NS) } else { at }
         });
-        let polling = (self.link.behind || !self.link.nic.has_interrupt())
-            .then(|| now.saturating_add(POLL_INTERVAL_NS));
+        let polling =
+            (self.behind || !self.link.nic.has_interrupt()).then(|| now.saturating_add(POLL_INTERVAL_NS));
         let patience = self
             .dhcp
             .as_ref()
@@ -272,18 +335,16 @@ impl Uplink {
         match socket.poll() {
             Some(dhcpv4::Event::Configured(config)) => {
                 let (address, gateway) = (config.address, config.router);
+                let dns_servers: Vec<Ipv4Addr> = config.dns_servers.iter().copied().collect();
                 dhcp.told = true;
-                let route = self.interface.routes().get_default_ipv4_route().map(|route| route.via_router);
-                let same_route = route == gateway.map(Into::into);
-                if !same_route || self.interface.ip_addrs() != [IpCidr::Ipv4(address)] {
-                    self.configure(address, gateway, " by DHCP");
-                }
+                self.configure(address, gateway, &dns_servers, " by DHCP");
             }
             Some(dhcpv4::Event::Deconfigured) => {
-                if self.interface.ipv4_addr().is_some() {
+                if self.configuration.is_some() {
                     log::warn!("uplink: the DHCP lease is lost; asking for a new one");
                     self.interface.update_ip_addrs(|addresses| addresses.clear());
                     self.interface.routes_mut().remove_default_ipv4_route();
+                    self.configuration = None;
                 }
                 (dhcp.started_at, dhcp.told) = (now, false);
             }
@@ -305,7 +366,20 @@ impl Uplink {
         }
     }
 
-    fn configure(&mut self, address: Ipv4Cidr, gateway: Option<Ipv4Addr>, how: &str) {
+    /// Takes an address, unless it is what the node has already. `dns_servers` are who gave it says resolves names.
+    fn configure(
+        &mut self,
+        address: Ipv4Cidr,
+        gateway: Option<Ipv4Addr>,
+        dns_servers: &[Ipv4Addr],
+        how: &str,
+    ) {
+        let dns_servers = if self.dns_servers.is_empty() { dns_servers } else { &self.dns_servers };
+        let new = Configuration { address, gateway, dns_servers: dns_servers.to_vec() };
+        if self.configuration.as_ref() == Some(&new) {
+            return;
+        }
+        self.configuration = Some(new);
         self.interface.update_ip_addrs(|addresses| {
             addresses.clear();
             // The list is empty, so there is room.
@@ -356,11 +430,11 @@ mod tests {
     fn without_an_answer_dhcp_is_asked_again_and_the_operator_told() {
         let sent = Wire::default();
         let nic = CableEnd { mac: 1, incoming: Wire::default(), outgoing: sent.clone(), queue: 100 };
-        let mut uplink = Uplink::new(Box::new(nic), Addressing::Dhcp, 80, 1, 0);
+        let mut uplink = Uplink::new(Box::new(nic), Addressing::Dhcp, vec![], 80, 1, 0);
         let mut now = 0;
         let mut rounds = 0;
         while now < 30 * SECOND {
-            uplink.receive(now, |_| {});
+            uplink.receive(now, |_, _| false, |_| {});
             uplink.transmit(now);
             now = uplink.deadline(now).unwrap().max(now + MS);
             rounds += 1;
@@ -378,7 +452,7 @@ mod tests {
         let (mut uplink, _, _, sent) = connected_uplinks(100);
         assert!(uplink.is_up());
         assert_eq!(uplink.describe().address.as_deref(), Some("10.0.0.1/24"));
-        uplink.receive(MS, |_| {});
+        uplink.receive(MS, |_, _| false, |_| {});
         uplink.transmit(MS);
         assert!(sent.borrow().is_empty());
         assert_eq!(uplink.deadline(MS), None);
@@ -402,7 +476,7 @@ mod tests {
             incoming.borrow_mut().push_back(frame);
         }
         for round in 0..4 {
-            uplink.receive(round * MS, |_| {});
+            uplink.receive(round * MS, |_, _| false, |_| {});
             uplink.transmit(round * MS);
         }
         assert!(incoming.borrow().is_empty() && uplink.is_up());
@@ -412,9 +486,9 @@ mod tests {
     fn frames_left_behind_bring_the_next_round_soon() {
         let (mut uplink, _, incoming, _) = connected_uplinks(100);
         incoming.borrow_mut().extend((0..FRAMES_PER_POLL + 1).map(|_| vec![0; 60]));
-        uplink.receive(0, |_| {});
+        uplink.receive(0, |_, _| false, |_| {});
         assert_eq!(uplink.deadline(0), Some(POLL_INTERVAL_NS));
-        uplink.receive(POLL_INTERVAL_NS, |_| {});
+        uplink.receive(POLL_INTERVAL_NS, |_, _| false, |_| {});
         assert_eq!(uplink.deadline(POLL_INTERVAL_NS), None);
     }
 
@@ -437,6 +511,7 @@ mod tests {
         body.extend(lease_seconds.to_be_bytes());
         body.extend([1, 4, 255, 255, 255, 0, 3, 4]);
         body.extend(SERVER);
+        body.extend([6, 8, 10, 0, 0, 53, 10, 0, 0, 54]);
         body.push(255);
         let length = |bytes: usize| (bytes as u16).to_be_bytes();
         let mut ip =
@@ -459,17 +534,22 @@ mod tests {
 
     impl Dhcpd {
         fn new() -> Self {
+            Self::beside(vec![])
+        }
+
+        /// The operator has named these who resolve names.
+        fn beside(dns_servers: Vec<Ipv4Addr>) -> Self {
             let (to_uplink, from_uplink) = (Wire::default(), Wire::default());
             let nic =
                 CableEnd { mac: 1, incoming: to_uplink.clone(), outgoing: from_uplink.clone(), queue: 100 };
-            let uplink = Uplink::new(Box::new(nic), Addressing::Dhcp, 80, 1, 0);
+            let uplink = Uplink::new(Box::new(nic), Addressing::Dhcp, dns_servers, 80, 1, 0);
             Self { uplink, to_uplink, from_uplink, address: Some([10, 0, 0, 7]), now: 0 }
         }
 
         fn run(&mut self, seconds: u64) {
             let end = self.now + seconds * SECOND;
             while self.now < end {
-                self.uplink.receive(self.now, |_| {});
+                self.uplink.receive(self.now, |_, _| false, |_| {});
                 self.uplink.transmit(self.now);
                 for request in self.from_uplink.borrow_mut().drain(..) {
                     let is_dhcp =
@@ -510,15 +590,62 @@ mod tests {
     }
 
     #[test]
+    fn names_are_resolved_by_whom_the_operator_or_else_dhcp_names() {
+        let own = Ipv4Addr::new(192, 0, 2, 53);
+        let offered = [Ipv4Addr::new(10, 0, 0, 53), Ipv4Addr::new(10, 0, 0, 54)];
+        for (operator, expected) in [(vec![], offered.as_slice()), (vec![own], &[own])] {
+            let mut dhcpd = Dhcpd::beside(operator);
+            assert_eq!(dhcpd.uplink.configuration(), None);
+            dhcpd.run(2);
+            assert_eq!(dhcpd.uplink.configuration().unwrap().dns_servers, expected);
+        }
+    }
+
+    #[test]
     fn a_lease_that_nobody_renews_is_given_up_and_asked_for_again() {
         let mut dhcpd = Dhcpd::new();
         dhcpd.run(2);
         dhcpd.address = None;
         dhcpd.run(70);
         assert_eq!(dhcpd.address(), None);
+        assert_eq!(dhcpd.uplink.configuration(), None);
         assert_eq!(dhcpd.uplink.describe().gateway, None);
         dhcpd.address = Some([10, 0, 0, 9]);
         dhcpd.run(15);
         assert_eq!(dhcpd.address().as_deref(), Some("10.0.0.9/24"));
+    }
+
+    #[test]
+    fn frames_that_another_takes_first_are_not_the_nodes() {
+        let (mut uplink, _, incoming, sent) = connected_uplinks(100);
+        // Who has 10.0.0.1?
+        let mut question = vec![0xFF; 6];
+        question.extend([2, 0, 0, 0, 0, 9, 8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
+        question.extend([2, 0, 0, 0, 0, 9, 10, 0, 0, 9, 0, 0, 0, 0, 0, 0, 10, 0, 0, 1]);
+        for (taken, answers) in [(true, 0), (false, 1)] {
+            incoming.borrow_mut().push_back(question.clone());
+            let mut seen = vec![];
+            uplink.receive(
+                MS,
+                |frame, _| {
+                    seen.push(frame.to_vec());
+                    taken
+                },
+                |_| {},
+            );
+            assert_eq!((seen, sent.borrow().len()), (vec![question.clone()], answers));
+        }
+    }
+
+    #[test]
+    fn without_room_to_answer_frames_wait_in_the_interface() {
+        let (mut uplink, _, incoming, sent) = connected_uplinks(1);
+        sent.borrow_mut().push_back(vec![]);
+        incoming.borrow_mut().push_back(vec![0; 60]);
+        uplink.receive(0, |_, _| panic!("taken"), |_| {});
+        assert_eq!((incoming.borrow().len(), uplink.deadline(0)), (1, Some(POLL_INTERVAL_NS)));
+        sent.borrow_mut().clear();
+        uplink.receive(MS, |_, _| true, |_| {});
+        assert_eq!((incoming.borrow().len(), uplink.deadline(MS)), (0, None));
     }
 }
