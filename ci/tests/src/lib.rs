@@ -8,3 +8,4 @@ pub mod guest;
 pub mod http;
 pub mod job;
 pub mod node;
+pub mod outside;

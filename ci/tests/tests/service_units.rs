@@ -122,6 +122,7 @@ mod service {
     pub mod http_server;
     pub mod images;
     pub mod machines;
+    pub mod network;
     pub mod node;
     pub mod settings;
     pub mod testing;

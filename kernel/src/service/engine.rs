@@ -18,7 +18,7 @@ use nestling_api::types::{MachineConfig, WaitingFor};
 
 use super::images::Image;
 use super::machines::{AgentLink, CreateError, DiskSpec, MachineSpec, Machines};
-use super::network;
+use super::network::{self, MachineNetwork};
 
 /// How many bytes are carried in one step.
 const CHUNK: usize = 32 * 1024;
@@ -61,6 +61,7 @@ impl<Id: Copy> Engine<Id> {
         jobs: &mut JobStore,
         images: &[Image],
         machines: &mut M,
+        network: &mut MachineNetwork<Id>,
         now: Clock,
     ) {
         jobs.poll(now);
@@ -79,6 +80,7 @@ impl<Id: Copy> Engine<Id> {
             let drained = unread.is_none_or(|bytes| bytes == 0);
             let over = jobs.finished(run.job) || (drained && machines.ended(run.machine).is_some());
             if over {
+                network.remove(run.job);
                 let report = machines.destroy(run.machine);
                 log::debug!("job {}: machine ended: {:?}", run.job, report.end);
                 jobs.machine_ended(run.job, report, now);
@@ -98,6 +100,7 @@ impl<Id: Copy> Engine<Id> {
                         job.machine_config.mem_size_mib,
                         job.image
                     );
+                    network.add(machine, job.id, job.egress);
                     self.runs.push(Run {
                         job: job.id,
                         machine,
@@ -206,6 +209,7 @@ mod tests {
         engine: Engine<u32>,
         jobs: JobStore,
         machines: FakeMachines,
+        network: MachineNetwork<u32>,
         images: Vec<Image>,
     }
 
@@ -216,12 +220,14 @@ mod tests {
                 engine: Engine::new(),
                 jobs,
                 machines: FakeMachines::default(),
+                network: MachineNetwork::new([1; 32]),
                 images: vec![image("minimal")],
             }
         }
 
         fn poll(&mut self, ms: u64) {
-            self.engine.poll(&mut self.jobs, &self.images, &mut self.machines, at(ms));
+            let Self { engine, jobs, machines, network, images } = self;
+            engine.poll(jobs, images, machines, network, at(ms));
         }
 
         fn say(&mut self, machine: u32, message: &AgentMessage) {

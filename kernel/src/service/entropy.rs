@@ -58,9 +58,14 @@ impl RandomSource {
 
     /// A source of its own for another user, seeded from this one.
     pub fn fork(&mut self) -> Self {
+        Self { generator: ChaCha20Rng::from_seed(self.seed()) }
+    }
+
+    /// A seed for a source of another user's own.
+    pub fn seed(&mut self) -> [u8; 32] {
         let mut seed = Seed::default();
         self.generator.fill_bytes(&mut seed);
-        Self { generator: ChaCha20Rng::from_seed(seed) }
+        seed
     }
 
     /// A random number.

@@ -88,7 +88,6 @@ pub trait AgentLink {
 }
 
 /// The node's end of the cable to a machine's network card. Frames move when the machine runs next.
-#[allow(dead_code, reason = "the node's end of machines' cables is plugged in by a change of its own")]
 pub trait NetworkLink {
     /// Whether [`NetworkLink::take_frame`] has a frame.
     fn has_frame(&self) -> bool;
@@ -120,7 +119,6 @@ pub trait Machines {
 
     /// Lets `work` use the cable to the machine's network card, as [`Machines::with_agent`] does. `None` when the machine has none, or there
     /// is no such machine (any more).
-    #[allow(dead_code, reason = "see NetworkLink")]
     fn with_network<R>(&mut self, id: Self::Id, work: impl FnOnce(&mut dyn NetworkLink) -> R) -> Option<R>;
 
     /// Whether and how the machine has ended.

@@ -33,6 +33,7 @@ use entropy::RandomSource;
 use http_server::HttpServer;
 use images::{Catalog, Image};
 use machines::Machines;
+use network::MachineNetwork;
 use node::NodeView;
 use settings::Settings;
 use uplink::Uplink;
@@ -61,6 +62,7 @@ pub struct Service<Id> {
     images: Vec<Image>,
     random: RandomSource,
     network: Network,
+    machine_network: MachineNetwork<Id>,
     engine: Engine<Id>,
     ready_ns: Option<u64>,
 }
@@ -121,6 +123,7 @@ impl<Id: Copy> Service<Id> {
             name: settings.name,
             api: Api::new(ApiConfig { token: settings.token, limits: LIMITS }),
             images,
+            machine_network: MachineNetwork::new(random.seed()),
             random,
             network,
             engine: Engine::new(),
@@ -133,14 +136,23 @@ impl<Id: Copy> Service<Id> {
     pub fn poll<M: Machines<Id = Id>>(&mut self, machines: &mut M) -> Option<u64> {
         let now = Clock { monotonic_ns: clock::now_ns(), unix_ns: clock::unix_ns() };
         let Network { uplink, server } = &mut self.network;
-        uplink.receive(now.monotonic_ns, |_, _| false, |sockets| server.listen(sockets, now.monotonic_ns));
+        let machine_network = &mut self.machine_network;
+        let ns = now.monotonic_ns;
+        uplink.receive(
+            ns,
+            |frame, nic| machine_network.receive(frame, nic, ns),
+            |sockets| server.listen(sockets, ns),
+        );
+        let (configuration, nic) = uplink.parts();
+        machine_network.follow(configuration, nic, ns);
         if self.ready_ns.is_none() && uplink.is_up() && !self.images.is_empty() {
             let ns = now.monotonic_ns;
             self.ready_ns = Some(ns);
             log::info!("ready {}.{:03} ms after the kernel's entry", ns / 1_000_000, ns / 1000 % 1000);
         }
         // Output comes first, so that whoever follows it gets it in this round.
-        self.engine.poll(&mut self.api.jobs, &self.images, machines, now);
+        self.engine.poll(&mut self.api.jobs, &self.images, machines, machine_network, now);
+        machine_network.carry(uplink.parts().1, machines, &mut self.api.jobs, now);
         let mut node = NodeView {
             name: &self.name,
             images: &self.images,
@@ -154,13 +166,14 @@ impl<Id: Copy> Service<Id> {
         uplink.transmit(now.monotonic_ns);
         // What clients just asked for starts at once: a new job, a cancel, an agent held back by a reader of
         // its log.
-        self.engine.poll(&mut self.api.jobs, &self.images, machines, now);
-        let network = self.network.deadline(now.monotonic_ns);
+        self.engine.poll(&mut self.api.jobs, &self.images, machines, machine_network, now);
+        let machine_network = machine_network.deadline(ns);
+        let network = self.network.deadline(ns);
         let jobs = self.api.jobs.deadline(now);
         // Everything due now was done: what still says so waits for somebody else, and machines must get
         // their turn.
         let soonest = clock::now_ns().saturating_add(LEAST_PAUSE_NS);
-        network.into_iter().chain(jobs).min().map(|deadline| deadline.max(soonest))
+        network.into_iter().chain(machine_network).chain(jobs).min().map(|deadline| deadline.max(soonest))
     }
 }
 

@@ -5,9 +5,11 @@
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
-use core::net::Ipv4Addr;
+use core::net::{Ipv4Addr, SocketAddrV4};
 
-use super::uplink::Addressing;
+use nestling_network::PORTS;
+
+use super::uplink::{Addressing, DNS_PORT};
 use crate::boot::CommandLine;
 
 /// The node's HTTP port unless the command line says otherwise.
@@ -30,7 +32,7 @@ pub struct Settings {
     /// How the node gets its address.
     pub addressing: Addressing,
     /// Who resolves names for the machines; empty: whom DHCP names.
-    pub dns_servers: Vec<Ipv4Addr>,
+    pub dns_servers: Vec<SocketAddrV4>,
 }
 
 impl Settings {
@@ -44,7 +46,15 @@ impl Settings {
             None => DEFAULT_PORT,
             Some(text) => {
                 let port = text.parse().ok().filter(|port| *port != 0);
-                port.ok_or_else(|| format!("port={text} is not a TCP port, 1 to 65535"))?
+                let port = port.ok_or_else(|| format!("port={text} is not a TCP port, 1 to 65535"))?;
+                if PORTS.contains(&port) {
+                    return Err(format!(
+                        "port={port} lies among those that machines' connections have on the uplink, {} to {}",
+                        PORTS.start(),
+                        PORTS.end()
+                    ));
+                }
+                port
             }
         };
         let token = match (line.value("token"), line.value("auth")) {
@@ -69,16 +79,17 @@ impl Settings {
     }
 }
 
-/// Reads `dns=`'s list of addresses.
-fn parse_dns(list: Option<&str>) -> Result<Vec<Ipv4Addr>, String> {
-    let wrong = |text: &str| {
-        format!(
-            "dns={text} is not a list of at most {MAX_DNS_SERVERS} IPv4 addresses, such as 10.0.2.3,9.9.9.9"
-        )
-    };
+/// Reads `dns=`'s list of addresses, each with or without a port.
+fn parse_dns(list: Option<&str>) -> Result<Vec<SocketAddrV4>, String> {
     let Some(list) = list else { return Ok(Vec::new()) };
-    let servers: Result<Vec<Ipv4Addr>, _> = list.split(',').map(str::parse).collect();
-    servers.ok().filter(|servers| servers.len() <= MAX_DNS_SERVERS).ok_or_else(|| wrong(list))
+    let server = |text: &str| {
+        let alone = || Some(SocketAddrV4::new(text.parse::<Ipv4Addr>().ok()?, DNS_PORT));
+        text.parse().ok().or_else(alone)
+    };
+    let servers: Option<Vec<_>> = list.split(',').map(server).collect();
+    servers.filter(|servers| servers.len() <= MAX_DNS_SERVERS).ok_or_else(|| {
+        format!("dns={list} is not a list of at most {MAX_DNS_SERVERS} IPv4 addresses, such as 10.0.2.3,192.0.2.53:5353")
+    })
 }
 
 #[cfg(test)]
@@ -109,6 +120,7 @@ mod tests {
             ("auth=off token=0123456789abcdef", "exclude each other"),
             ("auth=off port=0", "port=0 is not"),
             ("auth=off port=http", "port=http is not"),
+            ("auth=off port=40000", "32768 to 60999"),
             ("auth=off ip=10.0.2.15", "such as 10.0.2.15/24"),
             ("auth=off ip=10.0.2.15/33", "such as 10.0.2.15/24"),
             ("auth=off ip=0.0.0.0/0", "not an address that a host can have"),
@@ -138,8 +150,8 @@ mod tests {
 
     #[test]
     fn those_who_resolve_names_are_read_in_their_order() {
-        let servers = [Ipv4Addr::new(10, 0, 2, 3), Ipv4Addr::new(9, 9, 9, 9)];
-        assert_eq!(read("auth=off dns=10.0.2.3,9.9.9.9").unwrap().dns_servers, servers);
+        let servers = ["10.0.2.3:53", "192.0.2.53:5353"].map(|server| server.parse().unwrap());
+        assert_eq!(read("auth=off dns=10.0.2.3,192.0.2.53:5353").unwrap().dns_servers, servers);
         assert!(read("auth=off").unwrap().dns_servers.is_empty());
     }
 }

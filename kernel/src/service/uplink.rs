@@ -1,7 +1,7 @@
 //! The node's network: Ethernet, IPv4 and its address, by DHCP or fixed.
 //!
 //! Protocols are smoltcp's. RFC 2131 (DHCP), RFC 1122 (host requirements). The address and the interface are shared with the machines'
-//! network, which sees every received frame first ([`Uplink::receive`]) and sends frames of its own ([`Uplink::nic`]).
+//! network, which sees every received frame first ([`Uplink::receive`]) and sends frames of its own ([`Uplink::parts`]).
 
 #![forbid(unsafe_code)]
 
@@ -10,7 +10,7 @@ use alloc::string::{String, ToString};
 use alloc::vec;
 use alloc::vec::Vec;
 use core::fmt;
-use core::net::Ipv4Addr;
+use core::net::{Ipv4Addr, SocketAddrV4};
 
 use nestling_api::types;
 use smoltcp::iface::{Config, Interface, PollIngressSingleResult, PollResult, SocketHandle, SocketSet};
@@ -29,6 +29,8 @@ const DHCP_PATIENCE_NS: u64 = 10 * SECOND;
 /// DHCP's first tries follow each other quickly: a node boots faster than some networks.
 const DHCP_EAGER: Duration = Duration::from_secs(1);
 const DHCP_RELAXED: Duration = Duration::from_secs(5);
+/// Where DNS servers listen unless the operator says otherwise.
+pub const DNS_PORT: u16 = 53;
 /// Frames taken in one go, so that a flood leaves time for the rest.
 const FRAMES_PER_POLL: usize = 512;
 
@@ -94,7 +96,7 @@ pub struct Configuration {
     /// The way out of the local network.
     pub gateway: Option<Ipv4Addr>,
     /// Who resolves names, in order of preference.
-    pub dns_servers: Vec<Ipv4Addr>,
+    pub dns_servers: Vec<SocketAddrV4>,
 }
 
 /// The interface as smoltcp wants it: a frame is copied in and out of one buffer each.
@@ -173,7 +175,7 @@ pub struct Uplink {
     dhcp: Option<Dhcp>,
     configuration: Option<Configuration>,
     /// The operator's word on who resolves names, which goes before DHCP's.
-    dns_servers: Vec<Ipv4Addr>,
+    dns_servers: Vec<SocketAddrV4>,
     /// Received frames wait although no interrupt will tell of them again.
     behind: bool,
     port: u16,
@@ -186,7 +188,7 @@ impl Uplink {
     pub fn new(
         nic: Box<dyn Nic>,
         addressing: Addressing,
-        dns_servers: Vec<Ipv4Addr>,
+        dns_servers: Vec<SocketAddrV4>,
         port: u16,
         seed: u64,
         now: u64,
@@ -256,21 +258,9 @@ impl Uplink {
         self.follow_dhcp(now);
     }
 
-    /// The interface, for frames that are not the node's own.
-    pub fn nic(&mut self) -> &mut dyn Nic {
-        &mut *self.link.nic
-    }
-
-    /// The node's address and what is beyond it; none without an address.
-    #[must_use]
-    pub const fn configuration(&self) -> Option<&Configuration> {
-        self.configuration.as_ref()
-    }
-
-    /// The interface's Ethernet address.
-    #[must_use]
-    pub fn mac(&self) -> [u8; 6] {
-        self.link.nic.mac()
+    /// The node's address and what is beyond it; none without an address. And the interface.
+    pub fn parts(&mut self) -> (Option<&Configuration>, &mut dyn Nic) {
+        (self.configuration.as_ref(), &mut *self.link.nic)
     }
 
     /// Sends what the sockets have to send.
@@ -335,7 +325,9 @@ impl Uplink {
         match socket.poll() {
             Some(dhcpv4::Event::Configured(config)) => {
                 let (address, gateway) = (config.address, config.router);
-                let dns_servers: Vec<Ipv4Addr> = config.dns_servers.iter().copied().collect();
+                let dns_servers =
+                    config.dns_servers.iter().map(|server| SocketAddrV4::new(*server, DNS_PORT));
+                let dns_servers: Vec<SocketAddrV4> = dns_servers.collect();
                 dhcp.told = true;
                 self.configure(address, gateway, &dns_servers, " by DHCP");
             }
@@ -371,7 +363,7 @@ impl Uplink {
         &mut self,
         address: Ipv4Cidr,
         gateway: Option<Ipv4Addr>,
-        dns_servers: &[Ipv4Addr],
+        dns_servers: &[SocketAddrV4],
         how: &str,
     ) {
         let dns_servers = if self.dns_servers.is_empty() { dns_servers } else { &self.dns_servers };
@@ -538,7 +530,7 @@ mod tests {
         }
 
         /// The operator has named these who resolve names.
-        fn beside(dns_servers: Vec<Ipv4Addr>) -> Self {
+        fn beside(dns_servers: Vec<SocketAddrV4>) -> Self {
             let (to_uplink, from_uplink) = (Wire::default(), Wire::default());
             let nic =
                 CableEnd { mac: 1, incoming: to_uplink.clone(), outgoing: from_uplink.clone(), queue: 100 };
@@ -591,13 +583,13 @@ mod tests {
 
     #[test]
     fn names_are_resolved_by_whom_the_operator_or_else_dhcp_names() {
-        let own = Ipv4Addr::new(192, 0, 2, 53);
-        let offered = [Ipv4Addr::new(10, 0, 0, 53), Ipv4Addr::new(10, 0, 0, 54)];
+        let own = SocketAddrV4::new(Ipv4Addr::new(192, 0, 2, 53), 5300);
+        let offered = [53, 54].map(|host| SocketAddrV4::new(Ipv4Addr::new(10, 0, 0, host), DNS_PORT));
         for (operator, expected) in [(vec![], offered.as_slice()), (vec![own], &[own])] {
             let mut dhcpd = Dhcpd::beside(operator);
-            assert_eq!(dhcpd.uplink.configuration(), None);
+            assert_eq!(dhcpd.uplink.parts().0, None);
             dhcpd.run(2);
-            assert_eq!(dhcpd.uplink.configuration().unwrap().dns_servers, expected);
+            assert_eq!(dhcpd.uplink.parts().0.unwrap().dns_servers, expected);
         }
     }
 
@@ -608,7 +600,7 @@ mod tests {
         dhcpd.address = None;
         dhcpd.run(70);
         assert_eq!(dhcpd.address(), None);
-        assert_eq!(dhcpd.uplink.configuration(), None);
+        assert_eq!(dhcpd.uplink.parts().0, None);
         assert_eq!(dhcpd.uplink.describe().gateway, None);
         dhcpd.address = Some([10, 0, 0, 9]);
         dhcpd.run(15);

@@ -12,4 +12,5 @@ mod guest;
 mod images;
 mod jobs;
 mod leak;
+mod network;
 mod several;

@@ -6,6 +6,7 @@
 mod disk;
 mod files;
 mod job;
+mod network;
 mod smoke;
 
 use nestling::bed::{BedBuilder, BedKind, RunningBed};
