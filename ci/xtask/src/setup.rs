@@ -64,11 +64,15 @@ impl Tool {
 }
 
 /// What everything needs.
-const TOOLS: [Tool; 4] = [
+const TOOLS: [Tool; 7] = [
     Tool::new("qemu-system-x86_64", "qemu-system-x86"),
     Tool::new("dpkg-deb", "dpkg"),
     Tool::new("cc", "gcc libc6-dev"),
+    // Disks for tests, and the index of images' modules.
     Tool::new("/sbin/mke2fs", "e2fsprogs"),
+    Tool::new("/sbin/depmod", "kmod"),
+    Tool::new("xz", "xz-utils"),
+    Tool::new("zstd", "zstd"),
 ];
 
 /// What the bed Bochs needs, and what makes the disk it boots from.
@@ -88,9 +92,8 @@ pub(crate) fn ensure_bochs() -> Result<()> {
 }
 
 /// What a root file system is installed with: as root, or in a namespace of one's own.
-const IMAGES: [Tool; 4] = [
+const IMAGES: [Tool; 3] = [
     Tool::new("mmdebstrap", "mmdebstrap"),
-    Tool::new("/usr/sbin/depmod", "kmod"),
     Tool::new("/usr/share/keyrings/debian-archive-keyring.gpg", "debian-archive-keyring"),
     Tool::new("newuidmap", "uidmap"),
 ];

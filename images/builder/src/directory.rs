@@ -16,7 +16,7 @@ use crate::tree::{Kind, Node, Tree};
 const MAX_ATTRIBUTE: usize = 65_536;
 
 /// Adds what is in the folder `path` to the folder `place` of `tree`, as it is there: owners, modes, times, hard links, devices, attributes.
-/// What belongs to the user who calls this is root's in the image, unless that is root, who knows better.
+/// What belongs to the user who calls this is root's in the image, unless that is root, who knows better. What is mounted in it stays out.
 ///
 /// # Errors
 /// When something cannot be read; the message names it.
@@ -47,7 +47,8 @@ pub fn add(tree: &mut Tree, place: &str, path: &Path) -> Result<()> {
                 seen.insert(key, at.clone());
             }
             tree.insert(&at, node(&path, &metadata, kind, me)?)?;
-            if metadata.is_dir() {
+            // What is mounted there is no part of it: /proc, for one, would have no end.
+            if metadata.is_dir() && metadata.dev() == root.dev() {
                 open.push((path, at));
             }
         }
