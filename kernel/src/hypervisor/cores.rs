@@ -7,7 +7,7 @@ use super::backend::Backend;
 use super::node::Node;
 use super::run::{Limits, Pause, Run, ServiceLimits};
 use super::schedule::{self, Wants};
-use super::vcpu::VcpuRef;
+use super::vcpu::{Place, VcpuRef};
 use crate::cpu::local::this_core;
 use crate::cpu::{self, apic, clock, interrupts};
 use alloc::vec::Vec;
@@ -119,9 +119,12 @@ impl<B: Backend> Core<B> {
         true
     }
 
-    /// Takes a vCPU that waits for its turn here and may go elsewhere.
+    /// Takes a vCPU that waits here while another has its turn, and may go elsewhere.
     fn give_away(&self) -> Option<VcpuRef<B>> {
         let mut queue = self.queue.lock();
+        if !queue.vcpus.iter().any(|vcpu| vcpu.cell().place() == Place::Current) {
+            return None;
+        }
         let position = queue.vcpus.iter().position(|vcpu| vcpu.cell().may_move())?;
         Some(queue.vcpus.swap_remove(position))
     }

@@ -83,7 +83,8 @@ impl<B: Backend> Fleet<B> {
         for index in 0..machine.vcpus.len() {
             let core = &self.node.cores[schedule::place(self.node.cores.iter().map(|core| core.load()))];
             let vcpu = VcpuRef { machine: Arc::clone(&machine), index };
-            if !core.is_this() {
+            // Any core may come to run it.
+            if self.node.cores.len() > 1 {
                 vcpu.release();
             }
             core.add(vcpu);

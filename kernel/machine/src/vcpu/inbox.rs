@@ -44,8 +44,8 @@ impl Inbox {
         self.signals.load(Ordering::SeqCst) != 0
     }
 
-    /// Posts a vector.
-    pub fn post(&self, vector: Vector, level: bool) {
+    /// Posts a vector. True when nothing waited before: otherwise the vCPU has been told already, and has yet to look.
+    pub fn post(&self, vector: Vector, level: bool) -> bool {
         let (word, bit) = (usize::from(vector.0 >> 6), 1 << (vector.0 & 63));
         if let (Some(vectors), Some(levels)) = (self.vectors.get(word), self.level.get(word)) {
             if level {
@@ -55,29 +55,32 @@ impl Inbox {
             }
             vectors.fetch_or(bit, Ordering::SeqCst);
         }
-        self.waits.store(true, Ordering::SeqCst);
+        self.is_first()
     }
 
-    /// Posts a non-maskable interrupt.
-    pub fn post_nmi(&self) {
-        self.signals.fetch_or(NMI, Ordering::SeqCst);
-        self.waits.store(true, Ordering::SeqCst);
+    /// Posts a non-maskable interrupt, otherwise as [`Self::post`].
+    pub fn post_nmi(&self) -> bool {
+        self.replace_signals(|signals| signals | NMI)
     }
 
-    /// Posts an INIT; a start-up interrupt before it has no effect any more.
-    pub fn post_init(&self) {
-        self.replace_signals(|signals| signals & !(START_UP | START_UP_PAGE) | INIT);
+    /// Posts an INIT; a start-up interrupt before it has no effect any more. Otherwise as [`Self::post`].
+    pub fn post_init(&self) -> bool {
+        self.replace_signals(|signals| signals & !(START_UP | START_UP_PAGE) | INIT)
     }
 
-    /// Posts a start-up interrupt with this page number.
-    pub fn post_start_up(&self, page: Vector) {
-        self.replace_signals(|signals| signals & !START_UP_PAGE | START_UP | u32::from(page.0));
+    /// Posts a start-up interrupt with this page number, otherwise as [`Self::post`].
+    pub fn post_start_up(&self, page: Vector) -> bool {
+        self.replace_signals(|signals| signals & !START_UP_PAGE | START_UP | u32::from(page.0))
     }
 
-    fn replace_signals(&self, new: impl Fn(u32) -> u32) {
+    fn is_first(&self) -> bool {
+        !self.waits.swap(true, Ordering::SeqCst)
+    }
+
+    fn replace_signals(&self, new: impl Fn(u32) -> u32) -> bool {
         // The closure always gives a value, so that this cannot fail.
         let _ = self.signals.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |signals| Some(new(signals)));
-        self.waits.store(true, Ordering::SeqCst);
+        self.is_first()
     }
 
     /// Hands what waits to the local APIC, and returns the rest.
@@ -128,9 +131,9 @@ mod tests {
         let (inbox, mut lapic) = (Inbox::default(), lapic());
         assert_eq!((inbox.has_any(), inbox.take(&mut lapic)), (false, Signals::default()));
         for vector in [0x21, 0x7F, 0x80, 0xFF] {
-            inbox.post(Vector(vector), false);
+            assert_eq!(inbox.post(Vector(vector), false), vector == 0x21, "only the first has to be told");
         }
-        inbox.post_nmi();
+        assert!(!inbox.post_nmi());
         assert!(inbox.has_any() && inbox.has_signal());
         inbox.take(&mut lapic);
         assert!(!inbox.has_any() && !inbox.has_signal());
