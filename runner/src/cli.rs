@@ -77,7 +77,7 @@ impl FromStr for BedChoice {
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   nestling up
-  nestling up --memory 4096 --port 8080
+  nestling up --memory 4096 --cpus 4 --port 8080
   nestling up --name second --no-auth
   nestling up --bed bochs:corei7_skylake_x
 
@@ -97,6 +97,9 @@ pub(crate) struct Up {
     /// The node's memory; jobs' machines are made from it
     #[arg(long, value_name = "MIB", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
     pub(crate) memory: u32,
+    /// The node's cores [default: in QEMU this computer's, at most 2; in Bochs 1]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=255))]
+    pub(crate) cpus: Option<u32>,
     /// The port on 127.0.0.1; 0 is any free one
     #[arg(long, default_value_t = 0)]
     pub(crate) port: u16,

@@ -35,6 +35,8 @@ pub struct Options {
     pub bed: BedKind,
     /// Its memory in MiB.
     pub memory_mib: u32,
+    /// Its cores.
+    pub cores: u32,
     /// The port on 127.0.0.1, or 0 for any free one.
     pub port: u16,
     /// The bundle of images; none looks in the usual places.
@@ -71,7 +73,7 @@ pub fn start(
         bed: options.bed.clone(),
         cpu: None,
         memory_mib: options.memory_mib,
-        cores: 1,
+        cores: options.cores,
         kernel: dir.kernel(),
         image: Some(image.clone()),
         store,

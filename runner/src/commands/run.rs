@@ -196,6 +196,7 @@ fn node(options: &Run, interrupt: &Interrupt, progress: &Progress) -> Result<Tar
     let up = Up {
         bed: BedChoice::Auto,
         memory: NODE_MEMORY_MIB,
+        cpus: None,
         port: 0,
         name: DEFAULT_NODE.to_owned(),
         image: None,

@@ -10,6 +10,9 @@ use super::interrupt::Interrupt;
 use crate::cli::{BedChoice, Up};
 use crate::terminal::{self, Progress};
 
+/// As many cores of this computer a node gets unless it is told otherwise.
+const MOST_DEFAULT_CORES: usize = 2;
+
 pub(crate) fn up(options: &Up) -> Result<u8> {
     let interrupt = Interrupt::watch(|| {})?;
     let progress = Progress::new(options.quiet);
@@ -51,9 +54,13 @@ pub(super) fn start(options: &Up, interrupt: &Interrupt, progress: &Progress) ->
         Some(token) => Some(token.clone()),
         None => Some(random::hex(32)),
     };
+    // Bochs runs one core after the other: more of them only make each slower.
+    let host_cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let default_cores = if bed.is_qemu() { host_cores.min(MOST_DEFAULT_CORES) as u32 } else { 1 };
     let start = Options {
         bed,
         memory_mib: options.memory,
+        cores: options.cpus.unwrap_or(default_cores),
         port: options.port,
         image: options.image.clone(),
         store: options.store.clone(),
