@@ -7,6 +7,11 @@ extern crate alloc;
 #[path = "../../../kernel/src/boot/command_line.rs"]
 mod command_line;
 
+/// Where the kernel's files look for it.
+mod boot {
+    pub use super::command_line::CommandLine;
+}
+
 #[path = "../../../kernel/src/memory"]
 mod memory {
     pub mod frames;
@@ -19,6 +24,7 @@ mod hypervisor {
     pub mod ram;
     pub mod refusal;
     pub mod schedule;
+    pub mod settings;
     pub mod svm {
         pub mod features;
     }
@@ -300,6 +306,20 @@ fn an_exit_that_was_a_ram_fault_is_counted_once() {
     assert_eq!(counters.counts().iter().collect::<Vec<_>>(), [("ram_fault", 1), ("mmio", 1)]);
 }
 
+#[test]
+fn the_command_line_bounds_cores_and_vcpus_and_what_is_no_number_is_refused() {
+    use hypervisor::settings::Settings;
+    let read = |line| Settings::read(&CommandLine::new(line));
+    assert_eq!(read("log=info"), Ok(Settings { cores: usize::MAX, vcpus_per_core: 4 }));
+    assert_eq!(read("cores=2 vcpus_per_core=64"), Ok(Settings { cores: 2, vcpus_per_core: 64 }));
+    for line in
+        ["cores=0", "cores=", "cores=two", "vcpus_per_core=0", "vcpus_per_core=65", "vcpus_per_core=-1"]
+    {
+        let error = read(line).unwrap_err();
+        assert!(error.contains(line), "{error}");
+    }
+}
+
 mod scheduling {
     use super::hypervisor::schedule::{Entity, LEAST_NS, SLICE_NS, Wants, choose, place};
 
@@ -320,8 +340,8 @@ mod scheduling {
     fn vcpus_that_share_a_core_get_equal_parts_of_it() {
         let mut vcpus = [entity(0, Wants::Run); 3];
         run(&mut vcpus, 1000);
-        let (least, most) = (vcpus.map(|vcpu| vcpu.ran_ns), vcpus.map(|vcpu| vcpu.ran_ns));
-        let (least, most) = (*least.iter().min().unwrap(), *most.iter().max().unwrap());
+        let ran = vcpus.map(|vcpu| vcpu.ran_ns);
+        let (least, most) = (*ran.iter().min().unwrap(), *ran.iter().max().unwrap());
         assert!(most - least <= 2 * SLICE_NS && least >= 300 * SLICE_NS, "{vcpus:?}");
     }
 
