@@ -1,6 +1,10 @@
 //! Joining TCP segments for a machine that follow each other into one large frame: what Linux calls generic receive offload. The machine takes
 //! one interrupt and one walk through its stack for up to 44 segments; it can always be undone, since only segments with equal
 //! headers are joined.
+//!
+//! Of acknowledgements that say nothing else and come in one batch only the last goes on (RFC 3449, 5.2.1): a machine that sends gets
+//! one for every two segments, and senders count the bytes acknowledged, not the acknowledgements (RFC 3465). One that repeats an
+//! earlier one, or has selective acknowledgements, says that something was lost and always goes on.
 
 use alloc::vec::Vec;
 
@@ -11,15 +15,18 @@ use crate::frame::{Checksum, ETHERNET, Gso, IPV4, Offload, Output};
 use crate::ip::Header;
 use crate::network::MachineKey;
 use crate::records::Protocol;
-use crate::transport::{Transport, checksum_at};
+use crate::transport::{TCP, Transport, checksum_at};
 
 /// Connections whose segments are joined at once.
-const SLOTS: usize = 4;
+const SLOTS: usize = 8;
 /// The longest packet.
 const MAX_PACKET: usize = 65_535;
 /// Flags that segments within a train carry: ACK, and PSH at its end.
 const ACK: u8 = 0x10;
 const PSH: u8 = 0x08;
+/// How the options of a segment begin that has time stamps and no others (RFC 7323, appendix A).
+const TIME_STAMPS: [u8; 4] = [1, 1, 8, 10];
+const TIME_STAMPS_BYTES: usize = 12;
 
 #[derive(Debug)]
 struct Train {
@@ -27,11 +34,12 @@ struct Train {
     frame: Vec<u8>,
     /// Bytes of Ethernet, IP and TCP headers.
     head: usize,
-    /// Payload bytes of all segments but the last.
+    /// Payload bytes of all segments but the last; 0 for an acknowledgement that waits for a later one.
     size: usize,
     segments: usize,
     /// The sequence number that comes next.
     next: u32,
+    acknowledgement: u32,
 }
 
 /// Segments that wait for others to join.
@@ -61,7 +69,16 @@ impl Coalescer {
         let waiting = self.trains.iter().position(same);
         let flags = frame.get(ETHERNET + header.bytes + 13).copied().unwrap_or(0);
         let can_join = header.bytes == IPV4 && flags & !PSH == ACK && transport.payload_bytes > 0;
+        let acknowledges = header.bytes == IPV4 && flags == ACK && is_acknowledgement(frame);
         if let Some(at) = waiting {
+            if let Some(train) =
+                self.trains.get_mut(at).filter(|train| acknowledges && train.is_outdated(head, transport))
+            {
+                train.frame.clear();
+                train.frame.extend_from_slice(frame);
+                train.acknowledgement = transport.tcp.acknowledgement;
+                return true;
+            }
             if let Some(train) =
                 self.trains.get_mut(at).filter(|train| can_join && train.fits(frame, head, transport))
             {
@@ -79,7 +96,8 @@ impl Coalescer {
             }
             self.send(at, out);
         }
-        if !can_join || flags & PSH != 0 || !out.takes_large(key) {
+        let is_worth_it = acknowledges || (can_join && flags & PSH == 0 && out.takes_large(key));
+        if !is_worth_it {
             return out.to_machine(key, frame, verified());
         }
         if self.trains.len() >= SLOTS {
@@ -95,6 +113,7 @@ impl Coalescer {
             size: transport.payload_bytes,
             segments: 1,
             next: transport.tcp.sequence.wrapping_add(transport.payload_bytes as u32),
+            acknowledgement: transport.tcp.acknowledgement,
         });
         true
     }
@@ -128,13 +147,22 @@ impl Train {
         let parts =
             [ETHERNET..ETHERNET + 2, ETHERNET + 6..ETHERNET + 10, ETHERNET + IPV4 + 8..ETHERNET + IPV4 + 13];
         let equal = |part: core::ops::Range<usize>| self.frame.get(part.clone()) == frame.get(part);
-        let options = ETHERNET + IPV4 + 20..head;
+        let options = ETHERNET + IPV4 + TCP..head;
         head == self.head
             && transport.tcp.sequence == self.next
             && transport.payload_bytes <= self.size
             && self.frame.len() - ETHERNET + transport.payload_bytes <= MAX_PACKET
             && parts.into_iter().all(equal)
             && equal(options)
+    }
+
+    /// Whether an acknowledgement of the same connection says all that this one does, and more.
+    fn is_outdated(&self, head: usize, transport: &Transport) -> bool {
+        let more = transport.tcp.acknowledgement.wrapping_sub(self.acknowledgement);
+        self.size == 0
+            && head == self.head
+            && transport.tcp.sequence == self.next
+            && (1..1 << 31).contains(&more)
     }
 
     /// Makes the headers those of the whole.
@@ -162,6 +190,15 @@ impl Train {
 
 fn verified() -> Offload {
     Offload { checksum: Checksum::Verified, gso: None }
+}
+
+/// Whether a TCP frame without IP options has neither payload nor options but time stamps.
+fn is_acknowledgement(frame: &[u8]) -> bool {
+    match frame.get(ETHERNET + IPV4 + TCP..) {
+        Some([]) => true,
+        Some(options) => options.len() == TIME_STAMPS_BYTES && options.starts_with(&TIME_STAMPS),
+        None => false,
+    }
 }
 
 /// Whether two TCP frames without IP options have the same addresses and ports.

@@ -288,6 +288,38 @@ fn what_does_not_fit_together_is_not_joined_and_stays_in_order() {
 }
 
 #[test]
+fn of_acknowledgements_in_a_row_the_last_goes_on_unless_one_tells_of_a_loss() {
+    let mut net = Net::new(&[1]);
+    let port = net.connect(4000);
+    net.given();
+    let stamped = |acknowledgement: u32, options: &[u8]| {
+        let (from, to) = ((SERVER, 80), (NODE, port));
+        Segment { from, to, flags: "A", sequence: 501, acknowledgement, options, payload: b"" }.frame()
+    };
+    let stamps = |time: u8| [1, 1, 8, 10, 0, 0, 0, time, 0, 0, 0, 9];
+    let sack = [1, 1, 5, 10, 0, 0, 2, 0, 0, 0, 3, 0];
+    let mut acknowledged = |frames: Vec<Vec<u8>>| -> Vec<u32> {
+        for mut frame in frames {
+            assert!(net.network.from_uplink(&mut frame, net.now, &mut net.ends));
+        }
+        net.network.flush(&mut net.ends);
+        net.given().iter().map(|(_, frame, _)| read(frame).1.unwrap().tcp.acknowledgement).collect()
+    };
+    let plain = |numbers: &[u32]| numbers.iter().map(|number| stamped(*number, &[])).collect::<Vec<_>>();
+    assert_eq!(acknowledged(plain(&[200, 300, 400])), [400]);
+    assert_eq!(acknowledged(plain(&[400, 500, 500, 500, 600])), [500, 500, 600], "repeated");
+    assert_eq!(acknowledged(plain(&[700, 650])), [700, 650], "out of order");
+    assert_eq!(acknowledged(plain(&[u32::MAX, 5])), [5], "the numbers wrap");
+    assert_eq!(acknowledged(vec![stamped(800, &stamps(1)), stamped(900, &stamps(2))]), [900]);
+    assert_eq!(acknowledged(vec![stamped(800, &sack), stamped(900, &sack)]), [800, 900], "selective");
+    let data = back("A", port, 501, 1100, &[0; 100]);
+    let after = back("A", port, 601, 1200, b"");
+    assert_eq!(acknowledged(vec![stamped(1000, &[]), data, after]), [1000, 1100, 1200], "with data between");
+    let end = back("FA", port, 501, 1400, b"");
+    assert_eq!(acknowledged(vec![stamped(1300, &[]), end]), [1300, 1400], "the end");
+}
+
+#[test]
 fn refusals_are_answered_at_once_and_told() {
     let mut net = Net::with(&[1], &[("192.0.2.80", Some(443))]);
     assert!(net.send(out("S", 4000, 100, 0, b"")).is_empty());
