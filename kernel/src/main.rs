@@ -76,13 +76,13 @@ fn run_on<B: Backend>(
     });
     let mut storage = Storage::new(disk, &mut frames);
     storage.find_scratch(&mut frames);
-    let images = service::find_images(&boot.modules, &mut storage, &mut frames);
+    let catalog = service::find_images(&boot.modules, &mut storage, &mut frames);
     let mut random = RandomSource::gather(&nic.mac());
     let entropy = Box::new(random.fork());
     let node: &Node<B> = Box::leak(Box::new(Node::new(backend, frames, storage, entropy, &cores)));
     cpu::cores::release(Box::leak(Box::new(|core| Runner::new(node, core).run_forever())));
     let fleet = Fleet::new(node, components, settings.vcpus_per_core);
-    let service = Service::new(boot, nic, random, images).unwrap_or_else(|error| refuse(&error));
+    let service = Service::new(boot, nic, random, catalog).unwrap_or_else(|error| refuse(&error));
     serve(service, fleet)
 }
 

@@ -44,7 +44,8 @@ pub(crate) fn openapi() -> Response {
 
 pub(crate) fn images(node: &dyn Node) -> Response {
     let images = node.images();
-    Response::json(200, &ImageList { total_count: images.len() as u64, images })
+    let problems = node.image_problems();
+    Response::json(200, &ImageList { total_count: images.len() as u64, images, problems })
 }
 
 pub(crate) fn list_jobs(api: &Api, head: &Head) -> Result<Response, ApiError> {

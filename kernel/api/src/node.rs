@@ -1,5 +1,6 @@
 //! What the API asks of the node it speaks for.
 
+use alloc::string::String;
 use alloc::vec::Vec;
 
 use crate::jobs::request::LargestMachine;
@@ -15,6 +16,8 @@ pub trait Node {
     fn host(&self) -> Host;
     /// The images machines can boot.
     fn images(&self) -> Vec<Image>;
+    /// What kept other images from being there, for people.
+    fn image_problems(&self) -> Vec<String>;
     /// What a machine can ever get here.
     fn largest_machine(&self) -> LargestMachine;
     /// Fills `into` with unpredictable bytes, for identifiers.

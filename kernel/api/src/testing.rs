@@ -58,6 +58,10 @@ impl Node for FakeNode {
         }
     }
 
+    fn image_problems(&self) -> Vec<String> {
+        vec!["disk.img was cut off".into()]
+    }
+
     fn images(&self) -> Vec<Image> {
         vec![Image { name: "minimal".into(), version: "1".into(), ..Image::default() }]
     }

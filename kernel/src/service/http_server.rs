@@ -291,6 +291,7 @@ mod tests {
             let mut view = NodeView {
                 name: "node",
                 images: &images,
+                image_problems: &[],
                 uplink: node.describe(),
                 machines: &FakeMachines::default(),
                 running: 0,

@@ -19,7 +19,6 @@ mod uplink;
 
 use alloc::boxed::Box;
 use alloc::string::String;
-use alloc::vec::Vec;
 
 use nestling_api::{Api, ApiConfig, Clock, Limits};
 
@@ -31,7 +30,7 @@ use crate::storage::Storage;
 use engine::Engine;
 use entropy::RandomSource;
 use http_server::HttpServer;
-use images::{Catalog, Image};
+use images::Catalog;
 use machines::Machines;
 use network::MachineNetwork;
 use node::NodeView;
@@ -59,7 +58,7 @@ const LIMITS: Limits = Limits {
 pub struct Service<Id> {
     name: String,
     api: Api,
-    images: Vec<Image>,
+    catalog: Catalog,
     random: RandomSource,
     network: Network,
     machine_network: MachineNetwork<Id>,
@@ -73,9 +72,9 @@ struct Network {
     server: HttpServer,
 }
 
-/// The images of a node, from its boot modules and from its disk. Kernels and initramfses from the disk are kept in memory that is taken out of
+/// The images of a node and what is wrong with others, from its boot modules and from its disk. Kernels and initramfses from the disk are kept in memory that is taken out of
 /// `frames`, at most a quarter of it.
-pub fn find_images(modules: &[&'static [u8]], storage: &mut Storage, frames: &mut FramePool) -> Vec<Image> {
+pub fn find_images(modules: &[&'static [u8]], storage: &mut Storage, frames: &mut FramePool) -> Catalog {
     let mut catalog = Catalog::default();
     for (index, module) in modules.iter().enumerate() {
         catalog.add_module(index, module);
@@ -96,7 +95,7 @@ pub fn find_images(modules: &[&'static [u8]], storage: &mut Storage, frames: &mu
     for image in &catalog.images {
         log::info!("image {} {}, {} KiB", image.name, image.version, image.bytes() / 1024);
     }
-    catalog.images
+    catalog
 }
 
 impl<Id: Copy> Service<Id> {
@@ -108,7 +107,7 @@ impl<Id: Copy> Service<Id> {
         boot: &BootInfo,
         nic: Box<dyn Nic>,
         mut random: RandomSource,
-        images: Vec<Image>,
+        catalog: Catalog,
     ) -> Result<Self, String> {
         let settings = Settings::read(&boot.command_line)?;
         if settings.token.is_none() {
@@ -122,7 +121,7 @@ impl<Id: Copy> Service<Id> {
         Ok(Self {
             name: settings.name,
             api: Api::new(ApiConfig { token: settings.token, limits: LIMITS }),
-            images,
+            catalog,
             machine_network: MachineNetwork::new(random.seed()),
             random,
             network,
@@ -145,17 +144,18 @@ impl<Id: Copy> Service<Id> {
         );
         let (configuration, nic) = uplink.parts();
         machine_network.follow(configuration, nic, ns);
-        if self.ready_ns.is_none() && uplink.is_up() && !self.images.is_empty() {
+        if self.ready_ns.is_none() && uplink.is_up() && !self.catalog.images.is_empty() {
             let ns = now.monotonic_ns;
             self.ready_ns = Some(ns);
             log::info!("ready {}.{:03} ms after the kernel's entry", ns / 1_000_000, ns / 1000 % 1000);
         }
         // Output comes first, so that whoever follows it gets it in this round.
-        self.engine.poll(&mut self.api.jobs, &self.images, machines, machine_network, now);
+        self.engine.poll(&mut self.api.jobs, &self.catalog.images, machines, machine_network, now);
         machine_network.carry(uplink.parts().1, machines, &mut self.api.jobs, now);
         let mut node = NodeView {
             name: &self.name,
-            images: &self.images,
+            images: &self.catalog.images,
+            image_problems: &self.catalog.problems,
             uplink: uplink.describe(),
             machines: &*machines,
             running: self.engine.running(),
@@ -166,7 +166,7 @@ impl<Id: Copy> Service<Id> {
         uplink.transmit(now.monotonic_ns);
         // What clients just asked for starts at once: a new job, a cancel, an agent held back by a reader of
         // its log.
-        self.engine.poll(&mut self.api.jobs, &self.images, machines, machine_network, now);
+        self.engine.poll(&mut self.api.jobs, &self.catalog.images, machines, machine_network, now);
         let machine_network = machine_network.deadline(ns);
         let network = self.network.deadline(ns);
         let jobs = self.api.jobs.deadline(now);

@@ -24,6 +24,8 @@ pub struct NodeView<'a, M> {
     pub name: &'a str,
     /// Its images.
     pub images: &'a [Image],
+    /// What is wrong with others.
+    pub image_problems: &'a [String],
     /// Its network.
     pub uplink: types::Uplink,
     /// The hypervisor.
@@ -65,6 +67,10 @@ impl<M: Machines> Node for NodeView<'_, M> {
             uplink: Some(self.uplink.clone()),
             tsc_khz: report.tsc_khz,
         }
+    }
+
+    fn image_problems(&self) -> Vec<String> {
+        self.image_problems.to_vec()
     }
 
     fn images(&self) -> Vec<types::Image> {

@@ -401,6 +401,10 @@ impl Node for Facts {
         serde_json::from_value(json).unwrap()
     }
 
+    fn image_problems(&self) -> Vec<String> {
+        Vec::new()
+    }
+
     fn images(&self) -> Vec<Image> {
         vec![Image { name: "minimal".into(), ..Image::default() }]
     }

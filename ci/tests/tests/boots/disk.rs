@@ -192,6 +192,9 @@ fn a_node_whose_disk_holds_no_store_says_so_and_takes_its_modules() {
         log.contains("no image store on the disk: it holds neither a tar archive nor a partition table"),
         "{log}"
     );
+    let list = node.client().images().unwrap();
+    assert_eq!((list.images.len(), list.problems.len()), (1, 1), "{list:?}");
+    assert!(list.problems[0].starts_with("no image store on the disk"), "{list:?}");
     assert_eq!(run(&node, &job("echo fine")).stdout, b"fine\n");
     fs::remove_file(path).unwrap();
 }

@@ -443,6 +443,9 @@ pub struct ImageList {
     pub total_count: u64,
     /// They themselves, by name.
     pub images: Vec<Image>,
+    /// What kept other images from being listed, for people.
+    #[serde(default)]
+    pub problems: Vec<String>,
 }
 
 /// `GET /version`.
