@@ -1,8 +1,8 @@
 //! The network that the machines of a node share: each sees a link of its own with a gateway on it, and the gateway alone.
 //!
 //! Everything here is a pure state machine: frames go in, frames come out, time is an argument. [`Network`] answers a
-//! machine's ARP ([`arp`]), DHCP ([`dhcp`]) and DNS ([`dns`]), translates the rest to the uplink's address and back
-//! ([`nat`]) as far as the job's [`Policy`] lets it, and tells of every connection ([`records`]). Every frame may come from
+//! machine's ARP (`arp`), DHCP (`dhcp`) and DNS (`dns`), translates the rest to the uplink's address and back
+//! (`nat`) as far as the job's [`Policy`] lets it, and tells of every connection (`records`). Every frame may come from
 //! a hostile guest or a hostile network: nothing panics, whatever is kept is bounded, and one machine's share is not
 //! another's.
 //!
