@@ -86,6 +86,19 @@ const BOCHS: [Tool; 7] = [
     Tool::new("xorriso", "xorriso"),
 ];
 
+/// What the benchmark's loads need: their servers here, and what makes their root file system.
+const LOADS: [Tool; 4] = [
+    Tool::new("iperf3", "iperf3"),
+    Tool::new("mmdebstrap", "mmdebstrap"),
+    Tool::new("/usr/sbin/mke2fs", "e2fsprogs"),
+    Tool::new("tar", "tar"),
+];
+
+/// Installs what is missing for the benchmark's loads. Says nothing when nothing is missing.
+pub(crate) fn ensure_loads() -> Result<()> {
+    install_missing(&LOADS)
+}
+
 /// Installs what is missing of the bed Bochs. Says nothing when nothing is missing.
 pub(crate) fn ensure_bochs() -> Result<()> {
     install_missing(&BOCHS)

@@ -2,6 +2,8 @@
 //!
 //! A row is one entry of [`rows::ROWS`]; what it needs to be measured is one field of [`Samples`], filled by [`node`] and [`peer`].
 
+mod loaded_peer;
+mod loads;
 mod machine;
 mod node;
 mod peer;
@@ -9,9 +11,12 @@ mod rows;
 mod table;
 
 use crate::build::{image, kernel};
-use crate::setup::Toolchain;
+use crate::setup::{self, Toolchain};
 use anyhow::{Result, bail};
-use rows::{ROWS, Result as RowResult, Row, Samples};
+use loaded_peer::LoadedPeer;
+use loads::{LOADS, Servers};
+use rows::{Needs, Result as RowResult, Row, Samples};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 /// Which rows to measure and how to show them. Exits with 1 when a goal is missed.
@@ -33,28 +38,43 @@ pub(crate) struct Arguments {
 /// Measures the rows asked for and prints them.
 pub(crate) fn run(toolchain: &Toolchain, arguments: &Arguments) -> Result<ExitCode> {
     if arguments.list {
-        for row in &ROWS {
-            println!("{:<14} {}, {}; goal: {}", row.name, row.figure, row.unit, row.goal);
+        for row in rows::all() {
+            println!("{:<23} {}, {}; goal: {}", row.name, row.figure, row.unit, row.goal);
         }
         return Ok(ExitCode::SUCCESS);
     }
     let rows = chosen(&arguments.names)?;
-    let node = node::Node { kernel: kernel(toolchain)?, images: image("minimal")? };
-    let peer = peer::Peer::build()?;
+    let needs = |what: Needs| rows.iter().any(|row| row.needs == what);
+    let wanted: Vec<usize> = (0..LOADS.len()).filter(|index| needs(Needs::Load(*index))).collect();
+    let kernel = kernel(toolchain)?;
+    let boots = if needs(Needs::Boot) || needs(Needs::Jobs) {
+        Some((node::Node { kernel: kernel.clone(), images: image("minimal")? }, peer::Peer::build()?))
+    } else {
+        None
+    };
+    let loads = if wanted.is_empty() { None } else { Some(Loads::prepare(&wanted)?) };
     let mut samples: Vec<(Samples, Samples)> = Vec::new();
     for number in 1..=arguments.runs {
-        eprint!("bench: run {number} of {}: nestling", arguments.runs);
-        let ours = node.run(rows.iter().any(|row| row.needs_jobs))?;
-        eprint!(", peer");
-        let mut theirs = peer.run(false)?;
-        if rows.iter().any(|row| row.name == "exits") {
-            eprint!(", peer counting exits");
-            theirs.exits = peer.run(true)?.exits;
+        eprint!("bench: run {number} of {}:", arguments.runs);
+        let (mut ours, mut theirs) = (Samples::default(), Samples::default());
+        if let Some((node, peer)) = &boots {
+            eprint!(" nestling");
+            ours = node.run(needs(Needs::Jobs))?;
+            eprint!(", peer");
+            theirs = peer.run(false)?;
+            if rows.iter().any(|row| row.name == "exits") {
+                eprint!(", peer counting exits");
+                theirs.exits = peer.run(true)?.exits;
+            }
+        }
+        if let Some(loads) = &loads {
+            eprint!(" loads, peer's");
+            theirs.loads = loads.peer.run(&loads.root, &loads.servers.command(&loads.wanted))?.loads;
         }
         eprintln!();
         samples.push((ours, theirs));
     }
-    let results: Vec<RowResult> = rows.iter().map(|row| RowResult::of(row, &samples)).collect();
+    let results: Vec<RowResult> = rows.into_iter().map(|row| RowResult::of(row, &samples)).collect();
     if arguments.json {
         println!("{}", serde_json::to_string_pretty(&table::json(&results)?)?);
     } else {
@@ -63,11 +83,32 @@ pub(crate) fn run(toolchain: &Toolchain, arguments: &Arguments) -> Result<ExitCo
     Ok(if results.iter().all(RowResult::ok) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
+/// What the loads need.
+struct Loads {
+    wanted: Vec<usize>,
+    root: PathBuf,
+    servers: Servers,
+    peer: LoadedPeer,
+}
+
+impl Loads {
+    fn prepare(wanted: &[usize]) -> Result<Self> {
+        setup::ensure_loads()?;
+        Ok(Self {
+            wanted: wanted.to_vec(),
+            root: loads::ext4(&loads::root()?, 512)?,
+            servers: Servers::start()?,
+            peer: LoadedPeer::build()?,
+        })
+    }
+}
+
 /// The rows of these names; all of them if there is none.
-fn chosen(names: &[String]) -> Result<Vec<&'static Row>> {
-    if let Some(unknown) = names.iter().find(|name| ROWS.iter().all(|row| row.name != name.as_str())) {
-        let known: Vec<&str> = ROWS.iter().map(|row| row.name).collect();
+fn chosen(names: &[String]) -> Result<Vec<Row>> {
+    let rows = rows::all();
+    if let Some(unknown) = names.iter().find(|name| rows.iter().all(|row| row.name != **name)) {
+        let known: Vec<&str> = rows.iter().map(|row| row.name.as_str()).collect();
         bail!("there is no row `{unknown}`; the rows are: {}", known.join(", "));
     }
-    Ok(ROWS.iter().filter(|row| names.is_empty() || names.iter().any(|name| name == row.name)).collect())
+    Ok(rows.into_iter().filter(|row| names.is_empty() || names.contains(&row.name)).collect())
 }

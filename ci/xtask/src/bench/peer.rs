@@ -150,7 +150,7 @@ impl Peer {
 }
 
 /// The one file of `folder` whose name starts with `start`.
-fn single(folder: &Path, start: &str) -> Result<PathBuf> {
+pub(super) fn single(folder: &Path, start: &str) -> Result<PathBuf> {
     for entry in fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))? {
         let entry = entry?;
         if entry.file_name().to_string_lossy().starts_with(start) {
@@ -161,7 +161,7 @@ fn single(folder: &Path, start: &str) -> Result<PathBuf> {
 }
 
 /// An archive with busybox under the names that the scripts use, and the folders they mount on.
-fn busybox(root: &Path) -> Result<Archive> {
+pub(super) fn busybox(root: &Path) -> Result<Archive> {
     let mut archive = Archive::default();
     for folder in ["proc", "sys", "dev", "run"] {
         archive.folder(folder);
@@ -175,7 +175,7 @@ fn busybox(root: &Path) -> Result<Archive> {
 }
 
 /// The VMM's root: this machine's qemu-system-x86_64 with its libraries and firmware, and what L2 boots.
-fn vmm(kernel: &Path, initramfs: &[u8]) -> Result<Archive> {
+pub(super) fn vmm(kernel: &Path, initramfs: &[u8]) -> Result<Archive> {
     let mut archive = Archive::default();
     let qemu = crate::process::find("qemu-system-x86_64").context("qemu-system-x86_64 is not installed")?;
     for line in output(Command::new("ldd").arg(&qemu))?.lines() {

@@ -11,7 +11,7 @@ pub(super) fn text(results: &[Result]) -> String {
     let mut lines = vec![head];
     for result in results {
         lines.push([
-            result.row.name.to_owned(),
+            result.row.name.clone(),
             result.row.unit.to_owned(),
             side(result.ours.as_ref()),
             side(result.peer.as_ref()),
