@@ -1,13 +1,15 @@
 //! Our side: the kernel in the same emulated machine as the peer's L1, asked over HTTP.
 
+use super::loads::Marks;
 use super::machine::Machine;
 use super::rows::Samples;
 use anyhow::{Context, Result, bail};
-use nestling_api::types::{Host, Job, JobRequest, Status, StepRequest};
+use nestling_api::types::{Conclusion, Host, Job, JobRequest, MachineConfig, Status, StepRequest};
 use serde::de::DeserializeOwned;
-use std::io::Read;
+use std::io::{BufRead, BufReader, Read};
 use std::net::TcpListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 use ureq::Agent;
 
@@ -25,22 +27,11 @@ const LIMIT: Duration = Duration::from_secs(120);
 impl Node {
     /// Boots a node and, if `jobs` says so, runs two jobs on it one after another.
     pub(super) fn run(&self, jobs: bool) -> Result<Samples> {
-        // A port that is free now; QEMU takes it a moment later.
-        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
-        let mut command = Machine::qemu(2048);
-        command
-            .arg("-kernel")
-            .arg(&self.kernel)
-            .arg("-initrd")
-            .arg(&self.images)
-            .args(["-append", "auth=off"]);
-        command.arg("-netdev").arg(format!("user,id=n0,hostfwd=tcp:127.0.0.1:{port}-:8080"));
-        command.args(["-device", "virtio-net-pci,netdev=n0,romfile="]);
-        let mut machine = Machine::start(command)?;
-        let client = Client::new(port);
-
-        let ready = wait_ready(&mut machine, &client)?;
-        let host: Host = client.get("/v1/host")?;
+        let mut running = Running::start(&self.kernel, |command| {
+            command.arg("-initrd").arg(&self.images);
+        })?;
+        let host: Host = running.client.get("/v1/host")?;
+        let (machine, ready) = (&running.machine, running.ready);
         let mut samples = Samples {
             cold: Some(ready.duration_since(machine.started).as_secs_f64()),
             boot: machine.first_byte.map(|first| ready.saturating_duration_since(first).as_secs_f64()),
@@ -48,11 +39,49 @@ impl Node {
             ..Samples::default()
         };
         if jobs {
-            let measured = measure_jobs(&client, &mut samples);
-            machine.drain();
-            measured.with_context(|| format!("the node's last lines:\n{}", machine.tail()))?;
+            let measured = measure_jobs(&running.client, &mut samples);
+            running.explain(measured)?;
         }
         Ok(samples)
+    }
+}
+
+/// Runs `command` in a machine of the image `loads` of the store `store`, which stays as it is.
+pub(super) fn run_loads(kernel: &Path, store: &Path, command: &str) -> Result<Marks> {
+    let mut running = Running::start(kernel, |qemu| {
+        qemu.arg("-drive").arg(format!("if=none,id=d0,format=raw,readonly=on,file={}", store.display()));
+        qemu.args(["-device", "virtio-blk-pci,drive=d0"]);
+    })?;
+    let marks = measure_loads(&running.client, command);
+    running.explain(marks)
+}
+
+/// A node that answers.
+struct Running {
+    machine: Machine,
+    client: Client,
+    ready: Instant,
+}
+
+impl Running {
+    fn start(kernel: &Path, more: impl FnOnce(&mut Command)) -> Result<Self> {
+        // A port that is free now; QEMU takes it a moment later.
+        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        let mut command = Machine::qemu(2048);
+        command.arg("-kernel").arg(kernel).args(["-append", "auth=off"]);
+        command.arg("-netdev").arg(format!("user,id=n0,hostfwd=tcp:127.0.0.1:{port}-:8080"));
+        command.args(["-device", "virtio-net-pci,netdev=n0,romfile="]);
+        more(&mut command);
+        let mut machine = Machine::start(command)?;
+        let client = Client::new(port);
+        let ready = wait_ready(&mut machine, &client)?;
+        Ok(Self { machine, client, ready })
+    }
+
+    /// Adds what the node said last to an error.
+    fn explain<T>(&mut self, result: Result<T>) -> Result<T> {
+        self.machine.drain();
+        result.with_context(|| format!("the node's last lines:\n{}", self.machine.tail()))
     }
 }
 
@@ -92,6 +121,35 @@ fn measure_jobs(client: &Client, samples: &mut Samples) -> Result<()> {
     Ok(())
 }
 
+/// Follows the loads' output, and asks at each mark for the exits of all machines, of which there is one.
+fn measure_loads(client: &Client, command: &str) -> Result<Marks> {
+    let job = client.create_request(&JobRequest {
+        image: Some("loads".to_owned()),
+        machine_config: Some(MachineConfig { mem_size_mib: 512, ..MachineConfig::default() }),
+        steps: vec![StepRequest { run: command.to_owned(), ..StepRequest::default() }],
+        ..JobRequest::default()
+    })?;
+    let mut log = client.agent.get(client.url(&format!("/v1/jobs/{}/logs?follow=true", job.id))).call()?;
+    let mut marks = Marks::default();
+    let mut lines = BufReader::new(log.body_mut().as_reader());
+    let (mut line, mut output) = (String::new(), String::new());
+    while lines.read_line(&mut line)? > 0 {
+        output.push_str(&line);
+        let is_mark = marks.line(Instant::now(), &line).with_context(|| output.clone())?;
+        if is_mark {
+            let host: Host = client.get("/v1/host")?;
+            let exits = host.exits.get("total").copied().unwrap_or_default();
+            marks.exits(f64::from(u32::try_from(exits)?));
+        }
+        line.clear();
+    }
+    let job = client.wait(&job.id)?;
+    if job.conclusion != Some(Conclusion::Success) {
+        bail!("the loads' job ended as {:?} ({:?}) after\n{output}", job.conclusion, job.failure_reason);
+    }
+    Ok(marks)
+}
+
 /// The node's API.
 struct Client {
     agent: Agent,
@@ -124,15 +182,18 @@ impl Client {
 
     /// Creates a job of one step.
     fn create(&self, run: &str) -> Result<Job> {
-        let request = JobRequest {
+        self.create_request(&JobRequest {
             steps: vec![StepRequest { run: run.to_owned(), ..StepRequest::default() }],
             ..JobRequest::default()
-        };
+        })
+    }
+
+    fn create_request(&self, request: &JobRequest) -> Result<Job> {
         let mut answer = self
             .agent
             .post(self.url("/v1/jobs"))
             .header("content-type", "application/json")
-            .send(serde_json::to_vec(&request)?)
+            .send(serde_json::to_vec(request)?)
             .context("POST /v1/jobs")?;
         Ok(serde_json::from_str(&answer.body_mut().read_to_string()?)?)
     }
