@@ -5,10 +5,10 @@ use super::loads::{Marks, from_serial};
 use super::machine::Machine;
 use super::peer::{busybox, single, vmm};
 use crate::build::workspace_root;
-use crate::image::modules::Modules;
-use crate::image::packages::{resolve, unpack};
 use crate::image::recipe::Recipe;
 use anyhow::Result;
+use nestling_image_builder::modules::Modules;
+use nestling_image_builder::packages::{resolve, unpack};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -91,7 +91,7 @@ impl LoadedPeer {
             archive.folder("root");
             let wanted: Vec<String> = modules.iter().map(|module| (*module).to_owned()).collect();
             let mut loaded = Vec::new();
-            for module in Modules::find(&kernel)?.closure(&wanted)? {
+            for module in Modules::of_package(&kernel)?.closure(&wanted)? {
                 archive.file(&format!("modules/{}.ko", module.name), module.contents, false);
                 loaded.push(module.name);
             }

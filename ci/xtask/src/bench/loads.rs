@@ -226,11 +226,32 @@ head -c 134217728 /dev/urandom > "$1/bench/data"
     Ok(archive)
 }
 
-/// `archive` as an ext4 file system with `free_mib` to spare.
-pub(super) fn ext4(archive: &Path, free_mib: u64) -> Result<PathBuf> {
+/// What each side's file system has free, in MiB.
+const FREE_MIB: u64 = 512;
+
+/// Whether `made` is younger than what it is made from.
+fn is_current(made: &Path, from: &Path) -> bool {
+    let time = |file: &Path| fs::metadata(file).and_then(|meta| meta.modified()).ok();
+    time(made) > time(from)
+}
+
+/// `archive` as an image of the name `loads`, for a node.
+pub(super) fn store(archive: &Path, nestling: &Path) -> Result<PathBuf> {
+    let store = archive.with_file_name("loads.tar");
+    if !is_current(&store, archive) || !is_current(&store, nestling) {
+        run(Command::new(nestling)
+            .args(["image", "build", "loads", "--free", &FREE_MIB.to_string(), "--output"])
+            .arg(&store)
+            .arg("--from")
+            .arg(archive))?;
+    }
+    Ok(store)
+}
+
+/// `archive` as an ext4 file system, for the peer.
+pub(super) fn ext4(archive: &Path) -> Result<PathBuf> {
     let image = archive.with_extension("ext4");
-    let newer = |file: &Path| fs::metadata(file).and_then(|meta| meta.modified()).ok();
-    if newer(&image) > newer(archive) {
+    if is_current(&image, archive) {
         return Ok(image);
     }
     let tree = archive.with_extension("tree");
@@ -246,7 +267,7 @@ pub(super) fn ext4(archive: &Path, free_mib: u64) -> Result<PathBuf> {
         .args(["-q", "-t", "ext4", "-O", "^has_journal", "-d"])
         .arg(&tree)
         .arg(&image)
-        .arg(format!("{}M", used + used / 8 + free_mib)))?;
+        .arg(format!("{}M", used + used / 8 + FREE_MIB)))?;
     fs::remove_dir_all(&tree)?;
     Ok(image)
 }

@@ -10,7 +10,7 @@ mod peer;
 mod rows;
 mod table;
 
-use crate::build::{image, kernel};
+use crate::build::{image, kernel, runner};
 use crate::setup::{self, Toolchain};
 use anyhow::{Result, bail};
 use loaded_peer::LoadedPeer;
@@ -52,7 +52,7 @@ pub(crate) fn run(toolchain: &Toolchain, arguments: &Arguments) -> Result<ExitCo
     } else {
         None
     };
-    let loads = if wanted.is_empty() { None } else { Some(Loads::prepare(&wanted)?) };
+    let loads = if wanted.is_empty() { None } else { Some(Loads::prepare(toolchain, &wanted)?) };
     let mut samples: Vec<(Samples, Samples)> = Vec::new();
     for number in 1..=arguments.runs {
         eprint!("bench: run {number} of {}:", arguments.runs);
@@ -68,8 +68,11 @@ pub(crate) fn run(toolchain: &Toolchain, arguments: &Arguments) -> Result<ExitCo
             }
         }
         if let Some(loads) = &loads {
-            eprint!(" loads, peer's");
-            theirs.loads = loads.peer.run(&loads.root, &loads.servers.command(&loads.wanted))?.loads;
+            let command = loads.servers.command(&loads.wanted);
+            eprint!(" loads of nestling");
+            ours.loads = node::run_loads(&kernel, &loads.store, &command)?.loads;
+            eprint!(", loads of the peer");
+            theirs.loads = loads.peer.run(&loads.root, &command)?.loads;
         }
         eprintln!();
         samples.push((ours, theirs));
@@ -86,17 +89,22 @@ pub(crate) fn run(toolchain: &Toolchain, arguments: &Arguments) -> Result<ExitCo
 /// What the loads need.
 struct Loads {
     wanted: Vec<usize>,
+    /// The root file system for the peer, with a little to spare.
     root: PathBuf,
+    /// A bundle with an image of the same root for a node.
+    store: PathBuf,
     servers: Servers,
     peer: LoadedPeer,
 }
 
 impl Loads {
-    fn prepare(wanted: &[usize]) -> Result<Self> {
+    fn prepare(toolchain: &Toolchain, wanted: &[usize]) -> Result<Self> {
         setup::ensure_loads()?;
+        let root = loads::root()?;
         Ok(Self {
             wanted: wanted.to_vec(),
-            root: loads::ext4(&loads::root()?, 512)?,
+            root: loads::ext4(&root)?,
+            store: loads::store(&root, &runner(toolchain)?)?,
             servers: Servers::start()?,
             peer: LoadedPeer::build()?,
         })
