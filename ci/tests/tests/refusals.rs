@@ -14,8 +14,10 @@ fn refusal(model: &str) -> String {
     let bed =
         start(Bed::builder().kind(BedKind::Bochs { model: model.to_owned() }).memory_mib(512).no_image());
     let log = bed.wait_serial(REFUSAL, LIMIT);
-    let log = log.unwrap_or_else(|| panic!("no refusal in:\n{}", bed.serial_log()));
+    assert!(log.is_some(), "no refusal in:\n{}", bed.serial_log());
     assert_eq!(bed.wait_exit(LIMIT), Some(0), "it switches itself off");
+    // Only now is the line whole for sure.
+    let log = bed.serial_log();
     let line = log.lines().find(|line| line.contains(REFUSAL)).unwrap_or_default();
     line.split_once(REFUSAL).map_or_else(String::new, |(_, reason)| reason.to_lowercase())
 }
