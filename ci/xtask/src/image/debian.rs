@@ -1,6 +1,6 @@
 //! A root file system installed from a Debian suite by mmdebstrap, without privileges where it is not root who calls it.
 //!
-//! It is fetched as this computer's apt fetches; what is in the image names Debian's own servers, from the recipe's files.
+//! It is fetched as this computer's apt fetches, and a job in the image fetches from the same servers.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,12 +19,7 @@ const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// dpkg's settings in the image, which hold while it is made, too.
 const DPKG: &str = "etc/dpkg/dpkg.cfg.d/nestling";
 /// What mmdebstrap leaves behind of how this computer fetches.
-const LEFTOVERS: [&str; 4] = [
-    "etc/apt/apt.conf.d/99mmdebstrap",
-    "etc/apt/sources.list",
-    "etc/apt/sources.list.d",
-    "etc/dpkg/dpkg.cfg.d/99mmdebstrap",
-];
+const LEFTOVERS: [&str; 2] = ["etc/apt/apt.conf.d/99mmdebstrap", "etc/dpkg/dpkg.cfg.d/99mmdebstrap"];
 
 /// A root that can be built.
 pub(super) struct Plan {
