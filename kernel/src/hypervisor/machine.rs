@@ -282,7 +282,12 @@ impl<B: Backend> Machine<B> {
     pub fn with_devices_for_service<R>(&self, node: &Node<B>, work: impl FnOnce(&mut Platform) -> R) -> R {
         let mut devices = self.devices.lock();
         let result = work(&mut devices.platform);
+        let (state, readable, _) = devices.progress().vsock;
         devices.seen = self.settle(&mut devices, node);
+        if (devices.seen.vsock.0, devices.seen.vsock.1) != (state, readable) {
+            // The guest's own came after the service had looked.
+            node.want_service();
+        }
         if self.has_work() {
             self.notify(node, 0);
         }
