@@ -1,6 +1,6 @@
 //! `cargo xtask bench`: nestling beside a Linux L1 with KVM and QEMU, both sides run in turn within one invocation.
 //!
-//! A row is one entry of [`rows::ROWS`]; what it needs to be measured is one field of [`Samples`], filled by [`node`] and [`peer`].
+//! A row is one entry of [`rows::all`]; what it needs to be measured is one field of [`Samples`], filled by [`node`] and [`peer`].
 
 mod loaded_peer;
 mod loads;
