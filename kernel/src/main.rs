@@ -120,11 +120,12 @@ fn start_cores<B: Backend>(
 
 /// The main loop: what came in is handled, then machines run until something else comes.
 fn serve<B: Backend>(mut service: Service<hypervisor::MachineId>, mut fleet: Fleet<B>) -> ! {
+    let mut has_news = true;
     loop {
         // Before the poll: what interrupts during it is for the next one.
         cpu::interrupts::take_device();
-        let deadline = service.poll(&mut fleet);
-        fleet.run(deadline);
+        let deadline = service.poll(&mut fleet, has_news);
+        has_news = fleet.run(deadline);
     }
 }
 

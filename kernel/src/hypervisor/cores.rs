@@ -21,7 +21,7 @@ const IN_GUEST: u8 = 1;
 /// Halted, or about to halt.
 const IDLE: u8 = 2;
 
-/// How long machines run at least between two rounds of the service that others alone ask for: devices, and guests on other cores.
+/// How long machines run at least after a long round of the service before devices and guests alone bring on the next.
 const LEAST_SLICE_NS: u64 = schedule::LEAST_NS;
 
 /// The vCPUs of a core.
@@ -142,12 +142,14 @@ pub struct Runner<B: Backend> {
     core: &'static Core<B>,
     /// Whose state is on the core.
     loaded: Option<VcpuRef<B>>,
+    /// When the service's round began, in nanoseconds since boot.
+    round_began: u64,
 }
 
 impl<B: Backend> Runner<B> {
     /// For the core that calls this, which is the only one ever to use it.
     pub fn new(node: &'static Node<B>, index: usize) -> Self {
-        Self { node, core: &node.cores[index], loaded: None }
+        Self { node, core: &node.cores[index], loaded: None, round_began: 0 }
     }
 
     /// Runs machines for ever.
@@ -165,8 +167,14 @@ impl<B: Backend> Runner<B> {
     /// Runs machines until `deadline` (nanoseconds since boot), a device interrupt, or something for the service to do; idles when all of
     /// them wait. `wake_disks` tells them that something has arrived from the node's disk.
     pub fn run_until_service(&mut self, deadline: Option<u64>, wake_disks: impl Fn()) {
-        let earliest = clock::now_ns().saturating_add(LEAST_SLICE_NS);
-        let limits = ServiceLimits { deadline, earliest };
+        // Machines get as much time as the round took: a few frames are answered at once, a flood does not keep machines from running.
+        let now = clock::now_ns();
+        let round = now.saturating_sub(self.round_began).min(LEAST_SLICE_NS);
+        self.run_machines(ServiceLimits { deadline, earliest: now.saturating_add(round) }, wake_disks);
+        self.round_began = clock::now_ns();
+    }
+
+    fn run_machines(&mut self, limits: ServiceLimits, wake_disks: impl Fn()) {
         loop {
             self.core.take_kick();
             self.node.poll_disk();
@@ -180,7 +188,7 @@ impl<B: Backend> Runner<B> {
                 if self.take_over_one() {
                     continue;
                 }
-                return self.idle(deadline.into_iter().chain(self.node.disk_deadline()).min());
+                return self.idle(limits.deadline.into_iter().chain(self.node.disk_deadline()).min());
             };
             if self.take_turn(turn, Some(limits)) == Pause::Service {
                 return;

@@ -203,13 +203,13 @@ impl<B: Backend> Fleet<B> {
     }
 
     /// Runs machines until `deadline` (nanoseconds since boot), a device interrupt, or something for the service to do; idles
-    /// when all of them wait.
-    pub fn run(&mut self, deadline: Option<u64>) {
+    /// when all of them wait. Returns whether machines have more for the service than frames.
+    pub fn run(&mut self, deadline: Option<u64>) -> bool {
         let Self { node, runner, machines, .. } = self;
         let wake_disks = || machines.iter().for_each(|(_, machine)| machine.wake_disk(node));
         runner.run_until_service(deadline, wake_disks);
         // Before the service looks: what calls it meanwhile is for its next round.
-        self.node.take_service_wanted();
+        self.node.take_calls()
     }
 }
 

@@ -4,6 +4,7 @@ use super::backend::{Backend, TscOffset, VendorVcpu};
 use super::config_space;
 use super::exit::{self, Exit};
 use super::machine::{Devices, End};
+use super::node::Call;
 use super::ram::RamView;
 use super::run::Run;
 use super::vcpu::Activity;
@@ -36,8 +37,8 @@ impl<B: Backend> Run<'_, B> {
     }
 
     fn note_news(&mut self, has_news: bool) {
-        if has_news && !self.shares_core_with_service() {
-            self.node.want_service();
+        if has_news {
+            self.node.want_service(Call::News);
         }
         self.has_news |= has_news;
     }

@@ -4,7 +4,7 @@ use super::backend::{Backend, TscOffset};
 use super::config_space::ConfigSpace;
 use super::disk::MachineDisk;
 use super::nested::NestedTable;
-use super::node::Node;
+use super::node::{Call, Node};
 use super::ram::{Ram, RamView};
 use super::vcpu::{Activity, Place, VcpuCell};
 use crate::cpu::clock;
@@ -286,7 +286,7 @@ impl<B: Backend> Machine<B> {
         devices.seen = self.settle(&mut devices, node);
         if (devices.seen.vsock.0, devices.seen.vsock.1) != (state, readable) {
             // The guest's own came after the service had looked.
-            node.want_service();
+            node.want_service(Call::News);
         }
         if self.has_work() {
             self.notify(node, 0);
@@ -309,7 +309,7 @@ impl<B: Backend> Machine<B> {
         // Frames are no news that end a turn at once: the service comes when the guest waits or has had its time, not for each.
         let sent = platform.network().map_or(0, |network| network.sent());
         if core::mem::replace(frames_sent, sent) != sent {
-            node.want_service();
+            node.want_service(Call::Frames);
         }
         let progress = devices.progress();
         self.is_booting.store(progress.vsock.0 == VsockState::Listening, Ordering::Relaxed);
@@ -403,7 +403,7 @@ impl<B: Backend> Machine<B> {
         self.end.call_once(end);
         if !self.is_over.swap(true, Ordering::SeqCst) {
             self.kick_all(node);
-            node.want_service();
+            node.want_service(Call::News);
         }
     }
 

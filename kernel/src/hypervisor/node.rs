@@ -6,12 +6,22 @@ use crate::memory::frames::FramePool;
 use crate::storage::Storage;
 use alloc::boxed::Box;
 use alloc::vec::Vec;
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use nestling_machine::platform::Entropy;
 use spin::Mutex;
 
 /// Random bytes for guests, from any core.
 pub type SharedEntropy = Mutex<Box<dyn Entropy + Send>>;
+
+/// Why the service is called.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum Call {
+    /// A machine has sent frames.
+    Frames = 1,
+    /// Anything else: an agent spoke, a machine has ended.
+    News = 2,
+}
 
 /// A node, as its cores see it. It lives for ever.
 ///
@@ -36,8 +46,8 @@ pub struct Node<B: Backend> {
     pub entropy: SharedEntropy,
     /// The cores in use. The first runs the service besides.
     pub cores: Vec<Core<B>>,
-    /// A core has something for the service.
-    service_wanted: AtomicBool,
+    /// The [`Call`]s that the service has not heard yet.
+    calls: AtomicU8,
 }
 
 impl<B: Backend> Node<B> {
@@ -60,7 +70,7 @@ impl<B: Backend> Node<B> {
             has_arrived: AtomicBool::new(false),
             entropy: Mutex::new(entropy),
             cores,
-            service_wanted: AtomicBool::new(false),
+            calls: AtomicU8::new(0),
         }
     }
 
@@ -108,20 +118,20 @@ impl<B: Backend> Node<B> {
     }
 
     /// Calls the service: it is woken, or its core's guest is left once it has had its time.
-    pub fn want_service(&self) {
-        if !self.service_wanted.swap(true, Ordering::SeqCst) {
+    pub fn want_service(&self, call: Call) {
+        if self.calls.fetch_or(call as u8, Ordering::SeqCst) == 0 {
             self.kick_first();
         }
     }
 
     /// Whether the service was called.
     pub fn is_service_wanted(&self) -> bool {
-        self.service_wanted.load(Ordering::SeqCst)
+        self.calls.load(Ordering::SeqCst) != 0
     }
 
-    /// The service looks: what calls it from now on is for its next round.
-    pub fn take_service_wanted(&self) -> bool {
-        self.service_wanted.swap(false, Ordering::SeqCst)
+    /// The service looks: what calls it from now on is for its next round. Whether there is more than frames.
+    pub fn take_calls(&self) -> bool {
+        self.calls.swap(0, Ordering::SeqCst) & Call::News as u8 != 0
     }
 
     /// vCPUs wait on a core: one that has nothing to do may take one of them.

@@ -138,11 +138,6 @@ impl<'a, B: Backend> Run<'a, B> {
         self.limits.preempt.into_iter().chain(earliest).chain(deadline).min()
     }
 
-    /// Whether this core runs the service besides, which then sees the guest's news when the turn ends.
-    pub(super) fn shares_core_with_service(&self) -> bool {
-        self.limits.service.is_some()
-    }
-
     pub(super) fn now(&self) -> GuestTsc {
         self.own.offset.guest(clock::tsc())
     }

@@ -64,6 +64,8 @@ pub struct Service<Id> {
     machine_network: MachineNetwork<Id>,
     engine: Engine<Id>,
     ready_ns: Option<u64>,
+    /// When anything but machines' frames has to be looked at, in nanoseconds since boot.
+    due: Option<u64>,
 }
 
 /// The network interface and who listens on it.
@@ -127,25 +129,43 @@ impl<Id: Copy> Service<Id> {
             network,
             engine: Engine::new(),
             ready_ns: None,
+            due: None,
         })
     }
 
-    /// Does all there is to do now. Returns when to call again at the latest, in nanoseconds since boot;
-    /// interrupts and machines that want something are reasons to call earlier.
-    pub fn poll<M: Machines<Id = Id>>(&mut self, machines: &mut M) -> Option<u64> {
+    /// Does all there is to do now; without `has_news`, machines have had nothing for it but frames. Returns when to call again at the
+    /// latest, in nanoseconds since boot; interrupts and machines that want something are reasons to call earlier.
+    pub fn poll<M: Machines<Id = Id>>(&mut self, machines: &mut M, has_news: bool) -> Option<u64> {
         let now = Clock { monotonic_ns: clock::now_ns(), unix_ns: clock::unix_ns() };
+        let ns = now.monotonic_ns;
         let Network { uplink, server } = &mut self.network;
         let machine_network = &mut self.machine_network;
-        let ns = now.monotonic_ns;
-        uplink.receive(
+        let is_spoken_to = uplink.receive(
             ns,
             |frame, nic| machine_network.receive(frame, nic, ns),
             |sockets| server.listen(sockets, ns),
         );
         let (configuration, nic) = uplink.parts();
         machine_network.follow(configuration, nic, ns);
+        // Most rounds only carry machines' frames, and a round trip waits for two of them.
+        if has_news || is_spoken_to || self.due.is_some_and(|due| ns >= due) {
+            self.serve(machines, now);
+        } else {
+            machine_network.carry(uplink.parts().1, machines, &mut self.api.jobs, now);
+        }
+        // Everything due now was done: what still says so waits for somebody else, and machines must get
+        // their turn.
+        let soonest = clock::now_ns().saturating_add(LEAST_PAUSE_NS);
+        let machine_network = self.machine_network.deadline(ns);
+        self.due.into_iter().chain(machine_network).min().map(|deadline| deadline.max(soonest))
+    }
+
+    /// Jobs, their agents, and the API's clients.
+    fn serve<M: Machines<Id = Id>>(&mut self, machines: &mut M, now: Clock) {
+        let Network { uplink, server } = &mut self.network;
+        let machine_network = &mut self.machine_network;
+        let ns = now.monotonic_ns;
         if self.ready_ns.is_none() && uplink.is_up() && !self.catalog.images.is_empty() {
-            let ns = now.monotonic_ns;
             self.ready_ns = Some(ns);
             log::info!("ready {}.{:03} ms after the kernel's entry", ns / 1_000_000, ns / 1000 % 1000);
         }
@@ -163,17 +183,13 @@ impl<Id: Copy> Service<Id> {
             random: &mut self.random,
         };
         server.poll(&mut uplink.sockets, &mut self.api, &mut node, now);
-        uplink.transmit(now.monotonic_ns);
+        uplink.transmit(ns);
         // What clients just asked for starts at once: a new job, a cancel, an agent held back by a reader of
         // its log.
         self.engine.poll(&mut self.api.jobs, &self.catalog.images, machines, machine_network, now);
-        let machine_network = machine_network.deadline(ns);
         let network = self.network.deadline(ns);
         let jobs = self.api.jobs.deadline(now);
-        // Everything due now was done: what still says so waits for somebody else, and machines must get
-        // their turn.
-        let soonest = clock::now_ns().saturating_add(LEAST_PAUSE_NS);
-        network.into_iter().chain(machine_network).chain(jobs).min().map(|deadline| deadline.max(soonest))
+        self.due = network.into_iter().chain(jobs).min();
     }
 }
 

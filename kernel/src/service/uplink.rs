@@ -225,16 +225,18 @@ impl Uplink {
     }
 
     /// Takes received frames. Each is offered to `first`, with the interface to answer on, and only the node's own if that does not
-    /// take it (returns false). `state_changed` is called whenever a frame may have changed a socket, before the next frame.
+    /// take it (returns false). `state_changed` is called whenever a frame may have changed a socket, before the next frame. Returns
+    /// whether any was the node's own, or may be left.
     pub fn receive(
         &mut self,
         now: u64,
         mut first: impl FnMut(&mut [u8], &mut dyn Nic) -> bool,
         mut state_changed: impl FnMut(&mut SocketSet<'static>),
-    ) {
+    ) -> bool {
         // Interrupts only wake the loop; every call looks at the ring.
         self.link.nic.take_interrupt();
         self.behind = true;
+        let mut has_own = false;
         for _ in 0..FRAMES_PER_POLL {
             let Link { nic, received, next, .. } = &mut self.link;
             // A received frame may need an answer at once: without room for that it has to wait.
@@ -250,12 +252,14 @@ impl Uplink {
                 continue;
             }
             *next = Some(length);
+            has_own = true;
             match self.interface.poll_ingress_single(instant(now), &mut self.link, &mut self.sockets) {
                 PollIngressSingleResult::None | PollIngressSingleResult::PacketProcessed => {}
                 PollIngressSingleResult::SocketStateChanged => state_changed(&mut self.sockets),
             }
         }
         self.follow_dhcp(now);
+        has_own || self.behind
     }
 
     /// The node's address and what is beyond it; none without an address. And the interface.
