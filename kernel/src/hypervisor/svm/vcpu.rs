@@ -147,6 +147,36 @@ impl SvmVcpu {
         unsafe { &mut *self.vmcb.as_ptr().cast::<Vmcb>() }
     }
 
+    /// Hands an interrupt that is to be injected over as a virtual one, which the processor takes at once where it can; returns it.
+    ///
+    /// QEMU keeps an injected interrupt in mind, and when its thread is called away before the next exit, delivers it a second time, as an
+    /// exception, wherever the guest is then.
+    fn hand_over_interrupt(&mut self) -> Option<u64> {
+        let open = self.registers.rflags & RFLAGS_IF != 0;
+        let b = self.block_mut();
+        let event = b.event_inject;
+        let is_interrupt =
+            event & (vmcb::EVENT_VALID | vmcb::EVENT_TYPE) == vmcb::EVENT_VALID | vmcb::EVENT_INTERRUPT;
+        if !is_interrupt || !open || b.interrupt_shadow & 1 != 0 || b.int_control & vmcb::V_IRQ != 0 {
+            return None;
+        }
+        b.event_inject = 0;
+        b.int_vector = u32::from(event as u8);
+        let priority = (event as u32 & 0xFF) >> 4;
+        b.int_control =
+            b.int_control & !vmcb::V_INTR_PRIO | vmcb::V_IRQ | priority << vmcb::V_INTR_PRIO_SHIFT;
+        Some(event)
+    }
+
+    /// Takes it back if the exit came before the guest took it.
+    fn take_back_interrupt(&mut self, event: u64) {
+        let b = self.block_mut();
+        if b.int_control & vmcb::V_IRQ != 0 && b.event_inject & vmcb::EVENT_VALID == 0 {
+            b.event_inject = event;
+        }
+        b.int_control &= !vmcb::V_IRQ;
+    }
+
     /// Notes which event the exit interrupted, so that the next entry delivers it again.
     fn keep_interrupted_event(&mut self) {
         let mut info = self.block().exit_int_info;
@@ -482,6 +512,7 @@ impl VendorVcpu for SvmVcpu {
         b.rsp = registers.get(Gpr::Rsp);
         b.rip = registers.rip;
         b.rflags = registers.rflags;
+        let handed_over = self.hand_over_interrupt();
         let (vmcb, host) = (self.vmcb.physical(), host_state());
         // SAFETY: both are VMCB pages, one owned by `self`, the other filled on this core when SVM was switched on. The nested page table maps only the
         // machine's own frames, and the permission maps and intercepts keep everything else away from the guest.
@@ -495,6 +526,9 @@ impl VendorVcpu for SvmVcpu {
         self.block_mut().tlb_control = 0;
         self.keep_interrupt_shadow();
         self.keep_interrupted_event();
+        if let Some(event) = handed_over {
+            self.take_back_interrupt(event);
+        }
         self.exit()
     }
 
