@@ -31,9 +31,12 @@ pub trait Nic {
         self.transmit_room() > 0
     }
 
-    /// Queues a frame for sending. False if it was dropped because the queue is full, the frame too long or
-    /// the device broken.
+    /// Queues a frame for sending, at the latest at the next [`Nic::flush`]. False if it was dropped because the queue is full, the
+    /// frame too long or the device broken.
     fn transmit(&mut self, frame: &[u8]) -> bool;
+
+    /// Tells the device of the frames that were queued: once for many, because that can cost an exit to L0.
+    fn flush(&mut self) {}
 
     /// Whether the interface has raised an interrupt since the last call.
     fn take_interrupt(&mut self) -> bool;

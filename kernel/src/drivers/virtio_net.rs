@@ -6,6 +6,7 @@
 
 use alloc::boxed::Box;
 use alloc::string::{String, ToString};
+use alloc::sync::Arc;
 use alloc::vec;
 use alloc::vec::Vec;
 use core::sync::atomic::{Ordering, fence};
@@ -16,7 +17,7 @@ use virtio_drivers::transport::pci::VIRTIO_VENDOR_ID;
 use super::dma::IdentityDma;
 use super::nic::{MAX_FRAME_BYTES, Nic};
 use super::pci::{ConfigSpace, Function};
-use super::virtio_transport::MsixTransport;
+use super::virtio_transport::{Doorbell, MsixTransport};
 use crate::cpu::interrupts::{self, IrqLine};
 
 const DEVICE_TRANSITIONAL: u16 = 0x1000;
@@ -26,6 +27,8 @@ const DEVICE_MODERN: u16 = 0x1041;
 const QUEUE_SIZE: usize = 256;
 /// A virtio header of 12 bytes and the longest frame, rounded up.
 const BUFFER_BYTES: usize = 1536;
+/// The queue of frames to send.
+const TRANSMIT: u16 = 1;
 
 type Raw = VirtIONetRaw<IdentityDma, MsixTransport, QUEUE_SIZE>;
 type Buffer = Box<[u8]>;
@@ -41,6 +44,8 @@ pub struct VirtioNet {
     /// Frames in `sending`.
     under_way: usize,
     line: Option<IrqLine>,
+    /// Tells the device of frames to send.
+    doorbell: Arc<Doorbell>,
     broken: bool,
 }
 
@@ -63,6 +68,7 @@ impl VirtioNet {
             return Err(alloc::format!("its queues have fewer than {QUEUE_SIZE} entries"));
         }
         let interrupting = transport.interrupting();
+        let doorbell = transport.give_away_doorbell(TRANSMIT);
         let raw = Raw::new(transport).map_err(|error| error.to_string())?;
         let mac = raw.mac_address();
         let mut nic = Self {
@@ -73,6 +79,7 @@ impl VirtioNet {
             spare: Vec::with_capacity(QUEUE_SIZE),
             under_way: 0,
             line: line.filter(|_| interrupting.load(Ordering::Relaxed)),
+            doorbell,
             broken: false,
         };
         for _ in 0..QUEUE_SIZE {
@@ -175,6 +182,7 @@ impl Nic for VirtioNet {
     fn transmit(&mut self, frame: &[u8]) -> bool {
         self.reap();
         if self.broken || frame.len() > MAX_FRAME_BYTES || !self.raw.can_send() {
+            self.flush();
             return false;
         }
         let mut buffer = self.spare.pop().unwrap_or_else(|| vec![0; BUFFER_BYTES].into_boxed_slice());
@@ -202,6 +210,10 @@ impl Nic for VirtioNet {
                 false
             }
         }
+    }
+
+    fn flush(&mut self) {
+        self.doorbell.ring();
     }
 
     fn take_interrupt(&mut self) -> bool {

@@ -10,7 +10,7 @@
 use alloc::sync::Arc;
 use core::fmt;
 use core::ptr::NonNull;
-use core::sync::atomic::{AtomicBool, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 
 use virtio_drivers::transport::pci::bus::{ConfigurationAccess, DeviceFunction, PciRoot};
 use virtio_drivers::transport::pci::{
@@ -55,6 +55,24 @@ impl fmt::Display for TransportError {
     }
 }
 
+/// A queue's doorbell that its driver rings itself, once for many buffers.
+pub struct Doorbell {
+    queue: u16,
+    register: AtomicPtr<u16>,
+    is_owed: AtomicBool,
+}
+
+impl Doorbell {
+    /// Notifies the device, if a buffer was queued of which it wants to know.
+    pub fn ring(&self) {
+        let register = self.register.load(Ordering::Relaxed);
+        if self.is_owed.swap(false, Ordering::Relaxed) && !register.is_null() {
+            // SAFETY: the transport mapped the register within the device's notification structure and checked its alignment.
+            unsafe { register.write_volatile(self.queue) };
+        }
+    }
+}
+
 /// The transport of one virtio device.
 pub struct MsixTransport {
     inner: PciTransport,
@@ -65,6 +83,8 @@ pub struct MsixTransport {
     /// MSI-X is enabled with its entry 0 as the device's interrupt.
     msix: bool,
     interrupting: Arc<AtomicBool>,
+    /// The doorbell that is not this transport's to ring.
+    given_away: Option<Arc<Doorbell>>,
 }
 
 // SAFETY: its pointers lead to the device's registers, which any core reaches, and which one at a time uses through it.
@@ -107,7 +127,20 @@ impl MsixTransport {
             doorbells: [None; QUEUES],
             msix: msix.is_some(),
             interrupting: Arc::default(),
+            given_away: None,
         })
+    }
+
+    /// Gives the doorbell of `queue`, which is not set up yet, to the caller: the transport notes what it owes the device and rings it no more.
+    pub fn give_away_doorbell(&mut self, queue: u16) -> Arc<Doorbell> {
+        let doorbell = Doorbell {
+            queue,
+            register: AtomicPtr::new(core::ptr::null_mut()),
+            is_owed: AtomicBool::new(false),
+        };
+        let doorbell = Arc::new(doorbell);
+        self.given_away = Some(Arc::clone(&doorbell));
+        doorbell
     }
 
     /// Becomes true when the interrupting queue got its vector, that is, once the queues are set up.
@@ -169,6 +202,10 @@ impl Transport for MsixTransport {
     }
 
     fn notify(&mut self, queue: u16) {
+        if let Some(given_away) = self.given_away.as_ref().filter(|doorbell| doorbell.queue == queue) {
+            given_away.is_owed.store(true, Ordering::Relaxed);
+            return;
+        }
         if let Some(doorbell) = self.doorbells.get(usize::from(queue)).copied().flatten() {
             // SAFETY: `doorbell` mapped the register within the device's notification structure and checked
             // its alignment.
@@ -210,6 +247,10 @@ impl Transport for MsixTransport {
             }
         }
         let doorbell = self.doorbell();
+        if let Some(given_away) = self.given_away.as_ref().filter(|doorbell| doorbell.queue == queue) {
+            let register = doorbell.map_or(core::ptr::null_mut(), NonNull::as_ptr);
+            given_away.register.store(register, Ordering::Relaxed);
+        }
         if let Some(place) = self.doorbells.get_mut(usize::from(queue)) {
             *place = doorbell;
         }

@@ -185,6 +185,7 @@ impl<Id: Copy> MachineNetwork<Id> {
         // Those of machines that are gone.
         self.waiting.clear();
         self.tell(nic, jobs, now);
+        nic.flush();
     }
 
     fn carry_one<M: Machines<Id = Id>>(
@@ -216,6 +217,8 @@ impl<Id: Copy> MachineNetwork<Id> {
             let had_some = !self.taken.is_empty();
             for (mut frame, offload) in self.taken.drain(..) {
                 self.network.from_machine(key, &mut frame, from_card(offload), now, &mut wires);
+                // The device works on these while the next are made.
+                wires.nic.flush();
             }
             if !had_some {
                 return;

@@ -258,6 +258,7 @@ impl Uplink {
                 PollIngressSingleResult::SocketStateChanged => state_changed(&mut self.sockets),
             }
         }
+        self.link.nic.flush();
         self.follow_dhcp(now);
         has_own || self.behind
     }
@@ -275,6 +276,7 @@ impl Uplink {
                 break;
             }
         }
+        self.link.nic.flush();
     }
 
     /// When [`Uplink::receive`] and [`Uplink::transmit`] have to be called next, whatever arrives, in
