@@ -2,6 +2,7 @@
 //!
 //! Everything is identity-mapped: a virtual address is the physical address.
 
+mod copy;
 pub mod frames;
 pub mod heap;
 mod map;
