@@ -44,6 +44,8 @@ pub struct VirtioNet {
     /// Frames in `sending`.
     under_way: usize,
     line: Option<IrqLine>,
+    /// Interrupts are on: no received frame was left when the ring was last looked at.
+    is_drained: bool,
     /// Tells the device of frames to send.
     doorbell: Arc<Doorbell>,
     broken: bool,
@@ -79,6 +81,7 @@ impl VirtioNet {
             spare: Vec::with_capacity(QUEUE_SIZE),
             under_way: 0,
             line: line.filter(|_| interrupting.load(Ordering::Relaxed)),
+            is_drained: true,
             doorbell,
             broken: false,
         };
@@ -98,6 +101,23 @@ impl VirtioNet {
             },
             Err(error) => self.fail(&error.to_string(), buffer),
         }
+    }
+
+    /// The oldest frame that was received. From the first until none is left the device need not interrupt.
+    fn next_received(&mut self) -> Option<u16> {
+        let token = self.raw.poll_receive();
+        if token.is_some() == self.is_drained {
+            self.is_drained = token.is_none();
+            if !self.is_drained {
+                self.raw.disable_interrupts();
+            } else {
+                self.raw.enable_interrupts();
+                // The device must see that before the ring is found empty.
+                fence(Ordering::SeqCst);
+                return self.raw.poll_receive();
+            }
+        }
+        token
     }
 
     /// Stops using a device that breaks the rules. Memory it may still write to is never reused.
@@ -142,10 +162,7 @@ impl Nic for VirtioNet {
 
     fn receive(&mut self, into: &mut [u8]) -> Option<usize> {
         while !self.broken {
-            // The ring tells the device to interrupt for the next frame by a store that must be seen before
-            // the ring is found empty.
-            fence(Ordering::SeqCst);
-            let token = self.raw.poll_receive()?;
+            let token = self.next_received()?;
             let Some(mut buffer) = self.receiving.get_mut(usize::from(token)).and_then(Option::take) else {
                 self.fail("it filled a descriptor it was not given", Box::default());
                 return None;

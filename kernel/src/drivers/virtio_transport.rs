@@ -33,6 +33,9 @@ const NO_VECTOR: u16 = 0xffff;
 /// The queue whose used buffers interrupt: a network device's first receive queue.
 const INTERRUPTING_QUEUE: u16 = 0;
 const QUEUES: usize = 2;
+/// Notifications by index (2.7.10). The crate compares the indices without their wrap, so that every 65,536 buffers it notifies the device of up to
+/// a queue's length too few: the flags of 2.7.7 are used instead.
+const FEATURE_EVENT_INDEX: u64 = 1 << 29;
 
 /// Why a device's PCI transport cannot be used.
 #[derive(Debug)]
@@ -190,7 +193,7 @@ impl Transport for MsixTransport {
     }
 
     fn read_device_features(&mut self) -> u64 {
-        self.inner.read_device_features()
+        self.inner.read_device_features() & !FEATURE_EVENT_INDEX
     }
 
     fn write_driver_features(&mut self, driver_features: u64) {
