@@ -73,6 +73,11 @@ impl FromStr for BedChoice {
     }
 }
 
+/// A size in MiB.
+fn mib(text: &str) -> Result<u32, String> {
+    text.parse().map_err(|_| "give a number of MiB without a unit, such as 4096 for 4 GiB".to_owned())
+}
+
 /// Start a node on this computer
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
@@ -148,6 +153,7 @@ pub(crate) struct Down {
   nestling run --egress '*.debian.org:80' --egress 192.0.2.7:22 -- ./fetch
   nestling run --egress none -- make test
   nestling run --memory 512 -- dd if=/dev/zero of=/dev/null bs=1M count=100
+  nestling run --image debian --memory 1024 --disk 8192 -- ./build-all
 
 Exit code: the command's own (128+n when signal n killed it), or
   124  the job timed out
@@ -163,8 +169,11 @@ pub(crate) struct Run {
     #[arg(long, value_name = "N")]
     pub(crate) vcpus: Option<u32>,
     /// The machine's memory
-    #[arg(long, value_name = "MIB")]
+    #[arg(long, value_name = "MIB", value_parser = mib)]
     pub(crate) memory: Option<u32>,
+    /// Free space on the machine's disk, for images that have one [default: what the image says, as far as the node has it]
+    #[arg(long, value_name = "MIB", value_parser = mib)]
+    pub(crate) disk: Option<u32>,
     /// Set a variable; without =VALUE it is taken from the environment
     #[arg(long, short, value_name = "NAME[=VALUE]")]
     pub(crate) env: Vec<String>,
@@ -396,6 +405,17 @@ mod tests {
         assert_eq!(up("bochs:ryzen").unwrap(), BedChoice::Named(BedKind::Bochs { model: "ryzen".into() }));
         let error = up("vmware").unwrap_err();
         assert!(error.contains("qemu-tcg, qemu-kvm, bochs or bochs:MODEL, or auto"), "{error}");
+    }
+
+    #[test]
+    fn sizes_are_numbers_of_mib() {
+        for size in ["4G", "-1", "", "4294967296"] {
+            for option in ["--memory", "--disk"] {
+                let words = ["nestling", "run", &format!("{option}={size}"), "--", "true"];
+                let error = Cli::try_parse_from(words).unwrap_err().to_string();
+                assert!(error.contains("give a number of MiB") && error.contains(option), "{error}");
+            }
+        }
     }
 
     #[test]

@@ -138,10 +138,11 @@ fn request(options: &Run, variable: impl Fn(&str) -> Option<String>) -> Result<J
         env.insert(name.to_owned(), value);
     }
     let default = MachineConfig::default();
-    let machine_config = (options.vcpus.is_some() || options.memory.is_some()).then(|| MachineConfig {
+    let sized = options.vcpus.is_some() || options.memory.is_some() || options.disk.is_some();
+    let machine_config = sized.then(|| MachineConfig {
         vcpu_count: options.vcpus.unwrap_or(default.vcpu_count),
         mem_size_mib: options.memory.unwrap_or(default.mem_size_mib),
-        ..default
+        disk_size_mib: options.disk,
     });
     Ok(JobRequest {
         name: options.name.clone(),
@@ -438,6 +439,11 @@ mod tests {
         assert_eq!(
             (full.timeout_seconds, full.name, full.labels),
             (Some(600), Some("n".into()), vec!["l".into()])
+        );
+        let disk = request_of(&["--disk", "8192", "--", "true"]).unwrap();
+        assert_eq!(
+            disk.machine_config,
+            Some(MachineConfig { disk_size_mib: Some(8192), ..MachineConfig::default() })
         );
     }
 
