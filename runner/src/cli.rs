@@ -30,6 +30,7 @@ pub(crate) enum Command {
     Status(Status),
     Jobs(Jobs),
     Logs(Logs),
+    Artifacts(Artifacts),
     Connections(Connections),
     Cancel(Cancel),
     #[command(subcommand)]
@@ -182,10 +183,10 @@ pub(crate) struct Run {
     pub(crate) workspace: Option<PathBuf>,
     /// Bring files out of the workspace after the command, whether it failed or not: a path or a glob (*, ?, [a-z], and **
     /// for any directories), a directory for all in it; may be given again
-    #[arg(long, value_name = "GLOB", conflicts_with = "detach")]
+    #[arg(long, value_name = "GLOB")]
     pub(crate) artifact: Vec<String>,
     /// Where those files go [default: the current directory]
-    #[arg(long, value_name = "DIR", requires = "artifact")]
+    #[arg(long, value_name = "DIR", requires = "artifact", conflicts_with = "detach")]
     pub(crate) artifact_dir: Option<PathBuf>,
     /// What the machine may reach: none, all, or a host (example.org), names below one (*.example.org), an address or a
     /// network (10.0.0.0/8), with or without a port (:443); rules may be given again [default: all]
@@ -200,7 +201,7 @@ pub(crate) struct Run {
     /// A label for people and schedulers; may be given again
     #[arg(long)]
     pub(crate) label: Vec<String>,
-    /// Print the job's ID and leave; see `nestling logs -f`
+    /// Print the job's ID and leave; see `nestling logs -f` and `nestling artifacts`
     #[arg(long, short)]
     pub(crate) detach: bool,
     /// Delete the job and its log from the node once it is over
@@ -265,6 +266,30 @@ pub(crate) struct Logs {
     /// Only the standard error
     #[arg(long)]
     pub(crate) stderr: bool,
+    #[command(flatten)]
+    pub(crate) node: NodeOptions,
+}
+
+/// Fetch a job's artifacts, as of one that was started with --detach, and list them
+///
+/// Waits until the command has ended. The node keeps the machine for 60 s from then on, and until all artifacts were fetched once.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  id=$(nestling run --detach --artifact 'dist/**' -- make) && nestling artifacts $id
+  nestling artifacts last --dir out
+  nestling artifacts last --dir . --artifact 'dist/*.tar'")]
+pub(crate) struct Artifacts {
+    /// The job's ID, the beginning of it, or `last`
+    pub(crate) id: String,
+    /// Where they go: a directory that is new or empty, unless --artifact says what to take [default: artifacts-ID]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) dir: Option<PathBuf>,
+    /// Take only these; the others are gone then. May be given again [default: all that the job was created with]
+    #[arg(long, value_name = "GLOB")]
+    pub(crate) artifact: Vec<String>,
+    /// Print only the list, and errors
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
     #[command(flatten)]
     pub(crate) node: NodeOptions,
 }
