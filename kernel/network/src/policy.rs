@@ -78,6 +78,7 @@ mod tests {
             prefix: 24,
             gateway: None,
             dns_servers: [].into(),
+            mtu: 1500,
         };
         for (address, refusal) in [
             ("10.0.2.15", Some(Refusal::Node)),

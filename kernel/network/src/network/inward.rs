@@ -78,8 +78,8 @@ impl<P: Policy> Network<P> {
         }
         rewrite::replace(packet, &header, transport.protocol, End::Destination, (MACHINE, flow.port), true);
         rewrite::count_hop(packet, &header);
-        let most = (link::MTU - 40) as u16;
-        if transport.tcp.syn {
+        if let Some(uplink) = self.uplink.as_ref().filter(|_| transport.tcp.syn) {
+            let most = uplink.largest_segment();
             transport::clamp_mss(header.payload_mut(packet), transport.header_bytes, most);
         }
         set_ethernet(frame, MACHINE_MAC, GATEWAY_MAC, smoltcp::wire::EthernetProtocol::Ipv4);

@@ -6,7 +6,7 @@ use super::{MachineKey, Network};
 use crate::frame::{self, Checksum, ETHERNET, IPV4, Offload, Output};
 use crate::icmp::{self, Error};
 use crate::ip::Header;
-use crate::link::{self, GATEWAY, MACHINE};
+use crate::link::{GATEWAY, MACHINE};
 use crate::nat::FlowKey;
 use crate::nat::rewrite::{self, End};
 use crate::policy::{self, Policy};
@@ -17,8 +17,6 @@ use core::net::Ipv4Addr;
 
 /// The port of DHCP servers.
 const DHCP: u16 = 67;
-/// The headers of a TCP segment without options: what a packet of the largest size leaves for payload.
-const TCP_HEADERS: usize = 40;
 
 impl<P: Policy> Network<P> {
     /// Takes a machine's packet, from the frame's Ethernet header on.
@@ -154,9 +152,10 @@ impl<P: Policy> Network<P> {
         let Some(hop) = uplink.next_hop(header.destination) else {
             return self.complain(key, Error::NetUnreachable, packet, &header, now, out);
         };
-        let too_big = header.total > link::MTU && offload.gso.is_none();
+        let mtu = uplink.mtu();
+        let too_big = header.total > mtu && offload.gso.is_none();
         if too_big && header.dont_fragment {
-            return self.complain(key, Error::TooBig(link::MTU as u16), packet, &header, now, out);
+            return self.complain(key, Error::TooBig(mtu as u16), packet, &header, now, out);
         }
         let Some(machine) = self.machines.get_mut(&key) else { return };
         let Some((port, due)) = machine.flows.pass(&flow, true, &transport.tcp, transport.payload_bytes, now)
@@ -172,11 +171,8 @@ impl<P: Policy> Network<P> {
             transport::complete(uplink.address, header.destination, transport.protocol, payload);
         }
         if transport.tcp.syn {
-            transport::clamp_mss(
-                header.payload_mut(packet),
-                transport.header_bytes,
-                (link::MTU - TCP_HEADERS) as u16,
-            );
+            let most = uplink.largest_segment();
+            transport::clamp_mss(header.payload_mut(packet), transport.header_bytes, most);
         }
         let header = Header { source: uplink.address, ..header };
         let (neighbors, counters) = (&mut self.neighbors, &mut self.counters);
@@ -185,12 +181,12 @@ impl<P: Policy> Network<P> {
             counters.no_room += u64::from(!sent);
         };
         if let Some(gso) = offload.gso {
-            let most = link::MTU.saturating_sub(header.bytes + transport.header_bytes);
+            let most = mtu.saturating_sub(header.bytes + transport.header_bytes);
             let size = usize::from(gso.size).min(most);
             segments::cut(frame, &header, transport.header_bytes, size, &mut self.scratch, send);
         } else if too_big {
             self.ident = self.ident.wrapping_add(1);
-            fragments::cut(frame, &header, self.ident, link::MTU, send);
+            fragments::cut(frame, &header, self.ident, mtu, send);
         } else if let Some(frame) = frame.get_mut(..ETHERNET + header.total) {
             send(frame);
         }
@@ -207,6 +203,11 @@ impl<P: Policy> Network<P> {
     ) {
         let Some(packet) = frame.get_mut(ETHERNET..ETHERNET + header.total) else { return };
         let Some(uplink) = &self.uplink else { return };
+        // Errors quote no more than what makes them as long as every link takes (RFC 1812, 4.3.2.3).
+        if header.total > uplink.mtu() {
+            self.counters.invalid += 1;
+            return;
+        }
         let about = icmp::quoted(header.payload(packet));
         let Some((inner, protocol, ports)) = about.filter(|(inner, ..)| inner.destination == MACHINE) else {
             self.counters.invalid += 1;

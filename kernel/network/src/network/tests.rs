@@ -1,5 +1,7 @@
 //! The network as its machines and the outside see it.
 
+mod mtu;
+
 use alloc::string::ToString;
 use alloc::vec;
 use alloc::vec::Vec;
@@ -61,12 +63,17 @@ impl Net {
     }
 
     fn set_uplink(&mut self, address: Ipv4Addr) {
+        self.set_uplink_with(address, 1500);
+    }
+
+    fn set_uplink_with(&mut self, address: Ipv4Addr, mtu: u16) {
         let uplink = UplinkConfig {
             mac: NODE_MAC,
             address,
             prefix: 24,
             gateway: Some(ROUTER),
             dns_servers: vec![SocketAddrV4::new(ROUTER, 53)],
+            mtu,
         };
         self.network.set_uplink(Some(uplink), self.now, &mut self.ends);
     }
@@ -769,6 +776,7 @@ fn a_server_that_does_not_answer_gives_way_to_the_next() {
         prefix: 24,
         gateway: Some(ROUTER),
         dns_servers: vec![SocketAddrV4::new(first, 53), SocketAddrV4::new(second, 53)],
+        mtu: 1500,
     };
     net.network.set_uplink(Some(uplink), net.now, &mut net.ends);
     let mut asked = Vec::new();
