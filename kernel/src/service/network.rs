@@ -57,6 +57,10 @@ impl Policy for Rules {
     fn knows_name(&self, name: &str) -> bool {
         self.0.knows_name(name)
     }
+
+    fn knows_every_name(&self) -> bool {
+        self.0 == Egress::All
+    }
 }
 
 /// A machine on the network.

@@ -30,7 +30,8 @@ impl<P: Policy> Network<P> {
         out: &mut impl Output,
     ) {
         let Some(packet) = frame.get(ETHERNET..) else { return };
-        if header.destination == GATEWAY || header.destination == Ipv4Addr::BROADCAST {
+        let to_gateway = header.destination == GATEWAY || header.destination == Ipv4Addr::BROADCAST;
+        if to_gateway && !is_dns_by_tcp(packet, &header) {
             return self.packet_to_gateway(key, packet, &header, now, out);
         }
         // Options could name hops of the machine's choice, past the policy (RFC 7126, 4.3); nothing else needs them.
@@ -135,7 +136,8 @@ impl<P: Policy> Network<P> {
                 // Nobody knows this connection (any more).
                 return self.reset_machine(key, &header, &transport, out);
             }
-            if self.uplink.is_none() && policy::closed(header.destination, None).is_none() {
+            let to_gateway = header.destination == GATEWAY;
+            if self.uplink.is_none() && (to_gateway || policy::closed(header.destination, None).is_none()) {
                 return self.complain(key, Error::NetUnreachable, packet, &header, now, out);
             }
             if self.open(key, flow, now, out).is_err() {
@@ -149,7 +151,9 @@ impl<P: Policy> Network<P> {
             return self.complain(key, Error::TimeExceeded, packet, &header, now, out);
         }
         let Some(uplink) = &self.uplink else { return };
-        let Some(hop) = uplink.next_hop(header.destination) else {
+        let mapping = self.machines.get(&key).and_then(|machine| machine.flows.get(&flow));
+        let Some(beyond) = mapping.map(|mapping| mapping.beyond) else { return };
+        let Some(hop) = uplink.next_hop(beyond.0) else {
             return self.complain(key, Error::NetUnreachable, packet, &header, now, out);
         };
         let mtu = uplink.mtu();
@@ -165,16 +169,19 @@ impl<P: Policy> Network<P> {
         self.sweep_due = self.sweep_due.min(due);
         let complete = offload.checksum == Checksum::Complete || offload.checksum == Checksum::Verified;
         rewrite::replace(packet, &header, transport.protocol, End::Source, (uplink.address, port), complete);
+        if flow.end() != beyond {
+            rewrite::replace(packet, &header, transport.protocol, End::Destination, beyond, complete);
+        }
         rewrite::count_hop(packet, &header);
         if !complete && offload.gso.is_none() {
             let payload = header.payload_mut(packet);
-            transport::complete(uplink.address, header.destination, transport.protocol, payload);
+            transport::complete(uplink.address, beyond.0, transport.protocol, payload);
         }
         if transport.tcp.syn {
             let most = uplink.largest_segment();
             transport::clamp_mss(header.payload_mut(packet), transport.header_bytes, most);
         }
-        let header = Header { source: uplink.address, ..header };
+        let header = Header { source: uplink.address, destination: beyond.0, ..header };
         let (neighbors, counters) = (&mut self.neighbors, &mut self.counters);
         let mut send = |frame: &mut [u8]| {
             let sent = neighbors.send(hop, frame, uplink, now, out);
@@ -278,6 +285,16 @@ impl<P: Policy> Network<P> {
         let frame = frame::to_machine(source.0, MACHINE, IpProtocol::Tcp, &segment);
         self.give(key, &frame, out);
     }
+}
+
+/// Whether a packet to the gateway is of a connection to its DNS server. Such connections are translated to one outside: answers come
+/// whole from there, and nothing here has to put a stream together.
+fn is_dns_by_tcp(packet: &[u8], header: &Header) -> bool {
+    header.destination == GATEWAY
+        && header.protocol == IpProtocol::Tcp
+        && header.fragment.is_none()
+        && Transport::read(header.protocol, header.payload(packet))
+            .is_some_and(|transport| transport.destination_port == dns::PORT)
 }
 
 /// Whether what a machine leaves to us is what virtio lets it: the checksum of the packet's own TCP or UDP header, and cuts of TCP.

@@ -1,5 +1,6 @@
 //! The network as its machines and the outside see it.
 
+mod dns_by_tcp;
 mod mtu;
 
 use alloc::string::ToString;
@@ -40,6 +41,10 @@ impl Policy for Rules {
 
     fn knows_name(&self, name: &str) -> bool {
         self.0.is_empty() || self.0.iter().any(|rule| rule.0 == name)
+    }
+
+    fn knows_every_name(&self) -> bool {
+        self.0.is_empty()
     }
 }
 
@@ -564,7 +569,7 @@ fn the_gateway_is_pinged_and_offers_nothing_else() {
         (header.source, transport.unwrap().echo_request, payload.as_slice()),
         (GATEWAY, false, &b"hello"[..])
     );
-    let (from, to) = ((MACHINE, 4000), (GATEWAY, 53));
+    let (from, to) = ((MACHINE, 4000), (GATEWAY, 54));
     net.send(
         Segment { from, to, flags: "S", sequence: 1, acknowledgement: 0, options: &[], payload: b"" }.frame(),
     );
