@@ -26,6 +26,8 @@ pub struct Unpacked {
     pub files: u64,
     /// Bytes of the files.
     pub bytes: u64,
+    /// Where they are below the directory, and the bytes of each; 0 for a link.
+    pub names: Vec<(PathBuf, u64)>,
     /// What was not written, and why.
     pub refused: Vec<(String, &'static str)>,
 }
@@ -98,6 +100,7 @@ pub fn unpack(tar: impl Read, directory: &Path, globs: &[String]) -> Result<Unpa
                     .map_err(|error| named(&place, error))?;
                 file.persist(&place).map_err(|error| named(&place, error.error))?;
                 unpacked.files += 1;
+                unpacked.names.push((path, bytes));
             }
             EntryType::Symlink => match entry.link_name()? {
                 Some(target) => links.push((path, target.into_owned())),
@@ -124,6 +127,7 @@ pub fn unpack(tar: impl Read, directory: &Path, globs: &[String]) -> Result<Unpa
             _ => symlink(&target, &place).map_err(|error| named(&place, error))?,
         }
         unpacked.files += 1;
+        unpacked.names.push((path, 0));
     }
     Ok(unpacked)
 }

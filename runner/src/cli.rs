@@ -30,6 +30,7 @@ pub(crate) enum Command {
     Status(Status),
     Jobs(Jobs),
     Logs(Logs),
+    Artifacts(Artifacts),
     Connections(Connections),
     Cancel(Cancel),
     #[command(subcommand)]
@@ -71,6 +72,11 @@ impl FromStr for BedChoice {
             _ => name.parse().map(BedChoice::Named).map_err(|error: UnknownBed| format!("{error}, or auto")),
         }
     }
+}
+
+/// A size in MiB.
+fn mib(text: &str) -> Result<u32, String> {
+    text.parse().map_err(|_| "give a number of MiB without a unit, such as 4096 for 4 GiB".to_owned())
 }
 
 /// Start a node on this computer
@@ -148,6 +154,7 @@ pub(crate) struct Down {
   nestling run --egress '*.debian.org:80' --egress 192.0.2.7:22 -- ./fetch
   nestling run --egress none -- make test
   nestling run --memory 512 -- dd if=/dev/zero of=/dev/null bs=1M count=100
+  nestling run --image debian --memory 1024 --disk 8192 -- ./build-all
 
 Exit code: the command's own (128+n when signal n killed it), or
   124  the job timed out
@@ -163,8 +170,11 @@ pub(crate) struct Run {
     #[arg(long, value_name = "N")]
     pub(crate) vcpus: Option<u32>,
     /// The machine's memory
-    #[arg(long, value_name = "MIB")]
+    #[arg(long, value_name = "MIB", value_parser = mib)]
     pub(crate) memory: Option<u32>,
+    /// Free space on the machine's disk, for images that have one [default: what the image says, as far as the node has it]
+    #[arg(long, value_name = "MIB", value_parser = mib)]
+    pub(crate) disk: Option<u32>,
     /// Set a variable; without =VALUE it is taken from the environment
     #[arg(long, short, value_name = "NAME[=VALUE]")]
     pub(crate) env: Vec<String>,
@@ -173,10 +183,10 @@ pub(crate) struct Run {
     pub(crate) workspace: Option<PathBuf>,
     /// Bring files out of the workspace after the command, whether it failed or not: a path or a glob (*, ?, [a-z], and **
     /// for any directories), a directory for all in it; may be given again
-    #[arg(long, value_name = "GLOB", conflicts_with = "detach")]
+    #[arg(long, value_name = "GLOB")]
     pub(crate) artifact: Vec<String>,
     /// Where those files go [default: the current directory]
-    #[arg(long, value_name = "DIR", requires = "artifact")]
+    #[arg(long, value_name = "DIR", requires = "artifact", conflicts_with = "detach")]
     pub(crate) artifact_dir: Option<PathBuf>,
     /// What the machine may reach: none, all, or a host (example.org), names below one (*.example.org), an address or a
     /// network (10.0.0.0/8), with or without a port (:443); rules may be given again [default: all]
@@ -191,7 +201,7 @@ pub(crate) struct Run {
     /// A label for people and schedulers; may be given again
     #[arg(long)]
     pub(crate) label: Vec<String>,
-    /// Print the job's ID and leave; see `nestling logs -f`
+    /// Print the job's ID and leave; see `nestling logs -f` and `nestling artifacts`
     #[arg(long, short)]
     pub(crate) detach: bool,
     /// Delete the job and its log from the node once it is over
@@ -256,6 +266,30 @@ pub(crate) struct Logs {
     /// Only the standard error
     #[arg(long)]
     pub(crate) stderr: bool,
+    #[command(flatten)]
+    pub(crate) node: NodeOptions,
+}
+
+/// Fetch a job's artifacts, as of one that was started with --detach, and list them
+///
+/// Waits until the command has ended. The node keeps the machine for 60 s from then on, and until all artifacts were fetched once.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  id=$(nestling run --detach --artifact 'dist/**' -- make) && nestling artifacts $id
+  nestling artifacts last --dir out
+  nestling artifacts last --dir . --artifact 'dist/*.tar'")]
+pub(crate) struct Artifacts {
+    /// The job's ID, the beginning of it, or `last`
+    pub(crate) id: String,
+    /// Where they go: a directory that is new or empty, unless --artifact says what to take [default: artifacts-ID]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) dir: Option<PathBuf>,
+    /// Take only these; the others are gone then. May be given again [default: all that the job was created with]
+    #[arg(long, value_name = "GLOB")]
+    pub(crate) artifact: Vec<String>,
+    /// Print only the list, and errors
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
     #[command(flatten)]
     pub(crate) node: NodeOptions,
 }
@@ -396,6 +430,17 @@ mod tests {
         assert_eq!(up("bochs:ryzen").unwrap(), BedChoice::Named(BedKind::Bochs { model: "ryzen".into() }));
         let error = up("vmware").unwrap_err();
         assert!(error.contains("qemu-tcg, qemu-kvm, bochs or bochs:MODEL, or auto"), "{error}");
+    }
+
+    #[test]
+    fn sizes_are_numbers_of_mib() {
+        for size in ["4G", "-1", "", "4294967296"] {
+            for option in ["--memory", "--disk"] {
+                let words = ["nestling", "run", &format!("{option}={size}"), "--", "true"];
+                let error = Cli::try_parse_from(words).unwrap_err().to_string();
+                assert!(error.contains("give a number of MiB") && error.contains(option), "{error}");
+            }
+        }
     }
 
     #[test]

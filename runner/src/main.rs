@@ -25,6 +25,7 @@ fn main() -> ExitCode {
         Command::Status(options) => commands::status::status(&options),
         Command::Jobs(options) => commands::jobs::jobs(&options),
         Command::Logs(options) => commands::logs::logs(&options),
+        Command::Artifacts(options) => commands::artifacts::artifacts(&options),
         Command::Connections(options) => commands::connections::connections(&options),
         Command::Cancel(options) => commands::cancel::cancel(&options),
         Command::Image(command) => commands::image::image(&command),

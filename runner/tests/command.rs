@@ -165,6 +165,19 @@ fn a_request_the_node_refuses_ends_with_125_and_names_the_field_once() {
 }
 
 #[test]
+fn a_disks_size_reaches_the_node_which_says_what_it_takes() {
+    let node = FakeNode::start();
+    let ran = output(&node, &["run", "-q", "--disk", "2048", "--", "true"]);
+    assert_eq!(ran.status.code(), Some(0), "{}", text(&ran.stderr));
+    let config = client(&node).jobs(&JobQuery::default()).unwrap().jobs[0].machine_config;
+    assert_eq!((config.mem_size_mib, config.disk_size_mib), (256, Some(2048)));
+    let small = output(&node, &["run", "--disk", "15", "--", "true"]);
+    assert_eq!(small.status.code(), Some(125));
+    let stderr = text(&small.stderr);
+    assert!(stderr.contains("disk_size_mib: is 15; give 16 to 1048576 MiB"), "{stderr}");
+}
+
+#[test]
 fn a_wrong_token_is_told_with_what_to_do() {
     let node = FakeNode::start();
     let output = nestling(&node, &["run", "--", "true"]).env("NESTLING_TOKEN", "wrong").output().unwrap();

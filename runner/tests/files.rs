@@ -1,4 +1,4 @@
-//! `nestling run` with workspaces and artifacts, against a node in this process.
+//! `nestling run` with workspaces and artifacts, and `nestling artifacts`, against a node in this process.
 
 #[allow(dead_code, reason = "other tests use more of it")]
 mod fake;
@@ -13,8 +13,12 @@ use nestling::client::Client;
 use nestling::client::types::{ArtifactsStatus, Conclusion};
 
 fn run(node: &FakeNode, directory: &Path, arguments: &[&str]) -> Output {
+    nestling(node, directory, &[&["run"], arguments].concat())
+}
+
+fn nestling(node: &FakeNode, directory: &Path, arguments: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_nestling"));
-    command.arg("run").args(arguments).current_dir(directory).stdin(Stdio::null());
+    command.args(arguments).current_dir(directory).stdin(Stdio::null());
     command.env("NESTLING_NODE", node.url()).env("NESTLING_TOKEN", fake::TOKEN);
     command.env("XDG_STATE_HOME", "/nonexistent/nestling-tests");
     command.output().unwrap()
@@ -147,4 +151,70 @@ fn a_clients_artifacts_are_read_once() {
     assert_eq!(client.artifacts(&job.id).unwrap().status, ArtifactsStatus::Fetched);
     let error = client.artifacts_tar(&job.id).map(drop).unwrap_err();
     assert_eq!(error.code(), Some("artifacts_gone"));
+}
+
+/// Starts a job that has `globs` for artifacts and leaves it alone. Its ID and what was said of it.
+fn detached(node: &FakeNode, directory: &Path, glob: &str, script: &str) -> (String, String) {
+    let output = run(node, directory, &["--detach", "--artifact", glob, "--", "sh", "-ec", script]);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    (text(&output.stdout).trim().to_owned(), text(&output.stderr))
+}
+
+#[test]
+fn the_artifacts_of_a_detached_job_are_fetched_afterwards_into_a_directory_of_their_own() {
+    let (node, dir) = (FakeNode::start(), tempfile::tempdir().unwrap());
+    let script = "mkdir dist; echo one > dist/a; printf 12345 > dist/b; sleep 0.5; exit 7";
+    let (id, said) = detached(&node, dir.path(), "dist/*", script);
+    let help = format!(
+        "for 60 s after the command for the artifacts: fetch them with `nestling artifacts {}`",
+        &id[..12]
+    );
+    assert!(said.contains(&help), "{said}");
+    let fetched = nestling(&node, dir.path(), &["artifacts", &id[..8]]);
+    assert_eq!(fetched.status.code(), Some(0), "{}", text(&fetched.stderr));
+    let out = format!("artifacts-{}", &id[..12]);
+    assert_eq!(text(&fetched.stdout), format!("4 bytes  {out}/dist/a\n5 bytes  {out}/dist/b\n"));
+    assert_eq!(fs::read(dir.path().join(&out).join("dist/a")).unwrap(), b"one\n");
+    let client = Client::new(node.url(), Some(fake::TOKEN)).unwrap();
+    let job = client.wait(&id, Duration::from_secs(60)).unwrap().unwrap();
+    assert_eq!((job.conclusion, job.exit_code), (Some(Conclusion::Failure), Some(7)));
+    let again = nestling(&node, dir.path(), &["artifacts", &id, "--dir", "again"]);
+    assert_eq!((again.status.code(), text(&again.stdout).as_str()), (Some(1), ""));
+    assert!(text(&again.stderr).contains("were fetched already"), "{}", text(&again.stderr));
+}
+
+#[test]
+fn a_machine_names_no_files_among_those_that_are_there_unless_it_is_asked_for_them() {
+    let (node, dir) = (FakeNode::start(), tempfile::tempdir().unwrap());
+    write(&dir.path().join("Makefile"), b"mine");
+    let (id, _) = detached(&node, dir.path(), "*", "echo theirs > Makefile; echo x > report.xml");
+    let refused = nestling(&node, dir.path(), &["artifacts", &id, "--dir", "."]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(text(&refused.stderr).contains(". is not empty"), "{}", text(&refused.stderr));
+    let arguments = ["artifacts", "last", "--dir", ".", "--artifact", "*.xml"];
+    let fetched = nestling(&node, dir.path(), &arguments);
+    assert_eq!((fetched.status.code(), text(&fetched.stdout).as_str()), (Some(0), "2 bytes  ./report.xml\n"));
+    assert!(text(&fetched.stderr).contains("Makefile is left out"), "{}", text(&fetched.stderr));
+    assert_eq!(fs::read(dir.path().join("Makefile")).unwrap(), b"mine");
+}
+
+#[test]
+fn artifacts_that_are_not_to_be_had_are_told_with_the_reason() {
+    let (node, dir) = (FakeNode::start(), tempfile::tempdir().unwrap());
+    let client = Client::new(node.url(), Some(fake::TOKEN)).unwrap();
+    let fetch = |id: &str| {
+        let output = nestling(&node, dir.path(), &["artifacts", id]);
+        (output.status.code(), text(&output.stderr))
+    };
+    let (none, _) = detached(&node, dir.path(), "nope", "true");
+    let (code, said) = fetch(&none);
+    assert!(code == Some(0) && said.contains("no artifacts: nothing matches"), "{said}");
+    let (lost, _) = detached(&node, dir.path(), "a", "exec fake-power-off");
+    client.wait(&lost, Duration::from_secs(60)).unwrap().unwrap();
+    let (code, said) = fetch(&lost);
+    assert!(code == Some(1) && said.contains("the job ended before its steps had"), "{said}");
+    let plain = run(&node, dir.path(), &["--detach", "--", "true"]);
+    let (code, said) = fetch(text(&plain.stdout).trim());
+    assert!(code == Some(1) && said.contains("`nestling run --artifact GLOB`"), "{said}");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
 }

@@ -40,7 +40,7 @@ pub use nat::PORTS;
 pub use network::{Counters, MachineKey, Network};
 pub use policy::{Policy, Refusal};
 pub use records::{Protocol, Record};
-pub use uplink::UplinkConfig;
+pub use uplink::{LEAST_MTU, UplinkConfig};
 
 /// Nanoseconds of a second.
 const SECOND: u64 = 1_000_000_000;

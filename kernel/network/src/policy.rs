@@ -17,6 +17,9 @@ pub trait Policy {
 
     /// Whether the machine may learn the addresses of a host by this name.
     fn knows_name(&self, name: &str) -> bool;
+
+    /// Whether it may learn those of every name, and so of names that nobody looks at.
+    fn knows_every_name(&self) -> bool;
 }
 
 /// Why something was refused.
@@ -28,6 +31,10 @@ pub enum Refusal {
     Node,
     /// It is an address that no machine may reach: loopback, link-local (with a cloud's metadata), broadcast, multicast.
     Reserved,
+    /// It looks names up by TCP, which nobody looks into.
+    NamesByTcp,
+    /// It looks names up and nobody is known who could.
+    NoServer,
     /// The machine has as many connections as it may have.
     Connections,
 }
@@ -40,6 +47,10 @@ impl Refusal {
             Self::Policy => "no rule of network.egress allows it",
             Self::Node => "no machine may reach the node itself",
             Self::Reserved => "no machine may reach loopback, link-local, broadcast or multicast addresses",
+            Self::NamesByTcp => "names are looked up by UDP alone unless network.egress is all",
+            Self::NoServer => {
+                "no DNS server is known: the uplink's DHCP names none, and dns= on the node's command line neither"
+            }
             Self::Connections => "the machine has too many connections at once",
         }
     }
@@ -78,6 +89,7 @@ mod tests {
             prefix: 24,
             gateway: None,
             dns_servers: [].into(),
+            mtu: 1500,
         };
         for (address, refusal) in [
             ("10.0.2.15", Some(Refusal::Node)),

@@ -35,7 +35,7 @@ use machines::Machines;
 use network::MachineNetwork;
 use node::NodeView;
 use settings::Settings;
-use uplink::Uplink;
+use uplink::{Said, Uplink};
 
 /// Between two rounds that nothing but a deadline asks for.
 const LEAST_PAUSE_NS: u64 = 500_000;
@@ -116,8 +116,8 @@ impl<Id: Copy> Service<Id> {
             log::warn!("auth=off: everybody who reaches this node may run jobs on it");
         }
         let seed = random.number();
-        let mut uplink =
-            Uplink::new(nic, settings.addressing, settings.dns_servers, settings.port, seed, clock::now_ns());
+        let said = Said { dns_servers: settings.dns_servers, mtu: settings.mtu };
+        let mut uplink = Uplink::new(nic, settings.addressing, said, settings.port, seed, clock::now_ns());
         let server = HttpServer::new(settings.port, &mut uplink.sockets);
         let network = Network { uplink, server };
         Ok(Self {

@@ -27,10 +27,10 @@ pub const CARD: NetworkConfig = NetworkConfig { mac: MACHINE_MAC, mtu: MTU as u1
 /// Frames taken of a machine in one go, while its devices are held, and how often in a round: a flood leaves time for the rest.
 const FRAMES_PER_TURN: usize = 32;
 const TURNS: usize = 8;
-/// Payload of a segment that fills the link, with time stamps among its options.
-const SEGMENT_BYTES: usize = 1448;
-/// Frames on the uplink that one frame of a machine may become, unless its segments are smaller than that.
-const UPLINK_FRAMES: usize = 65_535_usize.div_ceil(SEGMENT_BYTES);
+/// What is not payload in a packet of the uplink that a segment fills: headers, with time stamps among TCP's options.
+const SEGMENT_HEADERS: usize = 52;
+/// The largest packet of a machine.
+const LARGEST_PACKET: usize = 65_535;
 /// Frames for machines in one round: what the uplink gives in one, and answers.
 const WAITING_MAX: usize = 2048;
 /// How soon frames that could not be carried for want of room are tried again.
@@ -56,6 +56,10 @@ impl Policy for Rules {
 
     fn knows_name(&self, name: &str) -> bool {
         self.0.knows_name(name)
+    }
+
+    fn knows_every_name(&self) -> bool {
+        self.0 == Egress::All
     }
 }
 
@@ -157,6 +161,7 @@ impl<Id: Copy> MachineNetwork<Id> {
             prefix: uplink.address.prefix_len(),
             gateway: uplink.gateway,
             dns_servers: uplink.dns_servers.clone(),
+            mtu: uplink.mtu,
         });
         let mut wires = Wires { nic, cables: &self.cables, waiting: &mut self.waiting };
         self.network.set_uplink(config, now, &mut wires);
@@ -196,15 +201,18 @@ impl<Id: Copy> MachineNetwork<Id> {
         now: u64,
     ) {
         let Some(&Cable { key, machine, .. }) = self.cables.get(position) else { return };
+        let segment_bytes = self.segment_bytes();
+        // What one frame of a machine may become, unless its segments are smaller than that.
+        let uplink_frames = LARGEST_PACKET.div_ceil(segment_bytes);
         for turn in 1..=TURNS {
             let mut room = nic.transmit_room();
             let takes_large = machines.with_network(machine, |link| {
                 self.give(key, link);
                 // What is taken here goes out at once.
-                while self.taken.len() < FRAMES_PER_TURN && room >= UPLINK_FRAMES {
+                while self.taken.len() < FRAMES_PER_TURN && room >= uplink_frames {
                     let mut frame = Vec::new();
                     let Some(offload) = link.take_frame(&mut frame) else { break };
-                    room = room.saturating_sub(frame.len().div_ceil(SEGMENT_BYTES));
+                    room = room.saturating_sub(frame.len().div_ceil(segment_bytes));
                     self.taken.push((frame, offload));
                 }
                 self.behind |= link.has_frame() && (turn == TURNS || self.taken.is_empty());
@@ -226,6 +234,12 @@ impl<Id: Copy> MachineNetwork<Id> {
         }
         // Answers to the last turn's.
         machines.with_network(machine, |link| self.give(key, link));
+    }
+
+    /// Payload of a segment that fills a packet of the uplink.
+    fn segment_bytes(&self) -> usize {
+        let mtu = self.uplink.as_ref().map_or(MTU, |uplink| usize::from(uplink.mtu));
+        mtu.saturating_sub(SEGMENT_HEADERS).max(1)
     }
 
     /// Gives a machine the frames that wait for it. Those without room are lost, as in a switch.

@@ -9,7 +9,7 @@ use core::net::{Ipv4Addr, SocketAddrV4};
 
 use nestling_network::PORTS;
 
-use super::uplink::{Addressing, DNS_PORT};
+use super::uplink::{self, Addressing, DNS_PORT};
 use crate::boot::CommandLine;
 
 /// The node's HTTP port unless the command line says otherwise.
@@ -33,11 +33,13 @@ pub struct Settings {
     pub addressing: Addressing,
     /// Who resolves names for the machines; empty: whom DHCP names.
     pub dns_servers: Vec<SocketAddrV4>,
+    /// Most bytes of an IP packet on the uplink's link; none: what DHCP says.
+    pub mtu: Option<u16>,
 }
 
 impl Settings {
-    /// Reads `name=`, `port=`, `token=` or `auth=off`, `ip=`, `gateway=` and `dns=`. Other words are other modules'
-    /// business.
+    /// Reads `name=`, `port=`, `token=` or `auth=off`, `ip=`, `gateway=`, `dns=` and `mtu=`. Other words are other
+    /// modules' business.
     ///
     /// # Errors
     /// A message that names the word and what it should be.
@@ -71,11 +73,12 @@ impl Settings {
         };
         let addressing = Addressing::parse(line.value("ip"), line.value("gateway"))?;
         let dns_servers = parse_dns(line.value("dns"))?;
+        let mtu = parse_mtu(line.value("mtu"))?;
         let name = line.value("name").unwrap_or(DEFAULT_NAME);
         if name.is_empty() || name.len() > MAX_NAME_BYTES {
             return Err(format!("name={name} must have 1 to {MAX_NAME_BYTES} characters"));
         }
-        Ok(Self { name: name.to_string(), port, token, addressing, dns_servers })
+        Ok(Self { name: name.to_string(), port, token, addressing, dns_servers, mtu })
     }
 }
 
@@ -90,6 +93,19 @@ fn parse_dns(list: Option<&str>) -> Result<Vec<SocketAddrV4>, String> {
     servers.filter(|servers| servers.len() <= MAX_DNS_SERVERS).ok_or_else(|| {
         format!("dns={list} is not a list of at most {MAX_DNS_SERVERS} IPv4 addresses, such as 10.0.2.3,192.0.2.53:5353")
     })
+}
+
+/// Reads `mtu=`.
+fn parse_mtu(text: Option<&str>) -> Result<Option<u16>, String> {
+    let Some(text) = text else { return Ok(None) };
+    let mtu = text.parse().ok().filter(|mtu| uplink::MTUS.contains(mtu));
+    let message = || {
+        let (least, most) = (uplink::MTUS.start(), uplink::MTUS.end());
+        format!(
+            "mtu={text} is not the size of an IP packet on the uplink, {least} to {most} bytes, such as 1460"
+        )
+    };
+    mtu.map(Some).ok_or_else(message)
 }
 
 #[cfg(test)]
@@ -130,6 +146,9 @@ mod tests {
             ("auth=off dns=", "such as 10.0.2.3"),
             ("auth=off dns=9.9.9.9,x", "dns=9.9.9.9,x is not"),
             ("auth=off dns=1.1.1.1,2.2.2.2,3.3.3.3,4.4.4.4", "at most 3"),
+            ("auth=off mtu=", "mtu= is not"),
+            ("auth=off mtu=575", "576 to 1500 bytes, such as 1460"),
+            ("auth=off mtu=9001", "mtu=9001 is not"),
             ("auth=off name=", "1 to 64"),
         ];
         for (line, part) in cases {
@@ -153,5 +172,11 @@ mod tests {
         let servers = ["10.0.2.3:53", "192.0.2.53:5353"].map(|server| server.parse().unwrap());
         assert_eq!(read("auth=off dns=10.0.2.3,192.0.2.53:5353").unwrap().dns_servers, servers);
         assert!(read("auth=off").unwrap().dns_servers.is_empty());
+    }
+
+    #[test]
+    fn the_uplinks_mtu_is_read_or_left_to_dhcp() {
+        assert_eq!(read("auth=off mtu=1460").unwrap().mtu, Some(1460));
+        assert_eq!(read("auth=off").unwrap().mtu, None);
     }
 }

@@ -14,7 +14,7 @@ use nestling_machine::platform::{Accepts, Offload};
 
 use super::images::Image;
 use super::machines::{AgentLink, CreateError, HypervisorReport, MachineSpec, Machines, NetworkLink};
-use super::uplink::{Addressing, Uplink};
+use super::uplink::{Addressing, Said, Uplink};
 use crate::drivers::nic::Nic;
 
 /// So many milliseconds after boot.
@@ -275,7 +275,7 @@ pub fn connected_uplinks(queue: usize) -> (Uplink, Uplink, Wire, Wire) {
         Uplink::new(
             Box::new(nic),
             Addressing::parse(Some(&ip), None).unwrap(),
-            Vec::new(),
+            Said::default(),
             80,
             u64::from(mac),
             0,

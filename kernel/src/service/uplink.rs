@@ -11,13 +11,15 @@ use alloc::vec;
 use alloc::vec::Vec;
 use core::fmt;
 use core::net::{Ipv4Addr, SocketAddrV4};
+use core::ops::RangeInclusive;
 
 use nestling_api::types;
+use nestling_network::{LEAST_MTU, MTU};
 use smoltcp::iface::{Config, Interface, PollIngressSingleResult, PollResult, SocketHandle, SocketSet};
 use smoltcp::phy::{Device, DeviceCapabilities, Medium, RxToken, TxToken};
 use smoltcp::socket::dhcpv4;
 use smoltcp::time::{Duration, Instant};
-use smoltcp::wire::{EthernetAddress, HardwareAddress, IpCidr, Ipv4Cidr};
+use smoltcp::wire::{DhcpPacket, EthernetAddress, HardwareAddress, IpCidr, Ipv4Cidr};
 
 use crate::drivers::nic::{MAX_FRAME_BYTES, Nic};
 
@@ -33,6 +35,23 @@ const DHCP_RELAXED: Duration = Duration::from_secs(5);
 pub const DNS_PORT: u16 = 53;
 /// Frames taken in one go, so that a flood leaves time for the rest.
 const FRAMES_PER_POLL: usize = 512;
+
+/// What an uplink's MTU may be: what every host takes in one piece (RFC 791), up to Ethernet's.
+pub const MTUS: RangeInclusive<u16> = LEAST_MTU..=MTU as u16;
+/// DHCP's option for the MTU (RFC 2132, 5.1), and what is asked for: subnet mask, router, DNS servers and that.
+const DHCP_MTU: u8 = 26;
+const DHCP_WANTED: [u8; 4] = [1, 3, 6, DHCP_MTU];
+/// Bytes of an Ethernet header.
+const ETHERNET: usize = MAX_FRAME_BYTES - MTU;
+
+/// What the operator says of the uplink, which goes before DHCP's word.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Said {
+    /// Who resolves names.
+    pub dns_servers: Vec<SocketAddrV4>,
+    /// Most bytes of an IP packet.
+    pub mtu: Option<u16>,
+}
 
 /// How the node gets its address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,6 +116,8 @@ pub struct Configuration {
     pub gateway: Option<Ipv4Addr>,
     /// Who resolves names, in order of preference.
     pub dns_servers: Vec<SocketAddrV4>,
+    /// Most bytes of an IP packet on the local network.
+    pub mtu: u16,
 }
 
 /// The interface as smoltcp wants it: a frame is copied in and out of one buffer each.
@@ -106,6 +127,8 @@ struct Link {
     sending: Box<[u8]>,
     /// Length of the frame in `received` that is smoltcp's next.
     next: Option<usize>,
+    /// Most bytes of an IP packet that smoltcp sends.
+    mtu: u16,
 }
 
 struct Received<'a>(&'a [u8]);
@@ -137,6 +160,15 @@ impl TxToken for Sending<'_> {
     }
 }
 
+impl Link {
+    /// smoltcp's side of it, without an address.
+    fn interface(&mut self, seed: u64, now: u64) -> Interface {
+        let mut config = Config::new(HardwareAddress::Ethernet(EthernetAddress(self.nic.mac())));
+        config.random_seed = seed;
+        Interface::new(config, self, instant(now))
+    }
+}
+
 impl Device for Link {
     type RxToken<'a> = Received<'a>;
     type TxToken<'a> = Sending<'a>;
@@ -154,7 +186,7 @@ impl Device for Link {
     fn capabilities(&self) -> DeviceCapabilities {
         let mut capabilities = DeviceCapabilities::default();
         capabilities.medium = Medium::Ethernet;
-        capabilities.max_transmission_unit = MAX_FRAME_BYTES;
+        capabilities.max_transmission_unit = ETHERNET + usize::from(self.mtu);
         capabilities
     }
 }
@@ -174,49 +206,52 @@ pub struct Uplink {
     pub sockets: SocketSet<'static>,
     dhcp: Option<Dhcp>,
     configuration: Option<Configuration>,
-    /// The operator's word on who resolves names, which goes before DHCP's.
-    dns_servers: Vec<SocketAddrV4>,
+    said: Said,
     /// Received frames wait although no interrupt will tell of them again.
     behind: bool,
     port: u16,
+    seed: u64,
 }
 
 impl Uplink {
-    /// Starts the protocols on an interface. `dns_servers` take the place of those that DHCP names, unless there are none. `port` is
-    /// only for telling people where the node answers; `seed` makes TCP's sequence numbers hard to guess.
+    /// Starts the protocols on an interface. What is `said` goes before what DHCP says. `port` is only for telling people where the
+    /// node answers; `seed` makes TCP's sequence numbers hard to guess.
     #[must_use]
     pub fn new(
         nic: Box<dyn Nic>,
         addressing: Addressing,
-        dns_servers: Vec<SocketAddrV4>,
+        said: Said,
         port: u16,
         seed: u64,
         now: u64,
     ) -> Self {
-        let mac = EthernetAddress(nic.mac());
         let buffer = || vec![0; MAX_FRAME_BYTES].into_boxed_slice();
-        let mut link = Link { nic, received: buffer(), sending: buffer(), next: None };
-        let mut config = Config::new(HardwareAddress::Ethernet(mac));
-        config.random_seed = seed;
-        let interface = Interface::new(config, &mut link, instant(now));
+        let mut link = Link { nic, received: buffer(), sending: buffer(), next: None, mtu: MTU as u16 };
+        let interface = link.interface(seed, now);
         let mut uplink = Self {
             link,
             interface,
             sockets: SocketSet::new(vec![]),
             dhcp: None,
             configuration: None,
-            dns_servers,
+            said,
             behind: false,
             port,
+            seed,
         };
         match addressing {
-            Addressing::Static { address, gateway } => uplink.configure(address, gateway, &[], ""),
+            Addressing::Static { address, gateway } => {
+                uplink.configure(address, gateway, Said::default(), "", now);
+            }
             Addressing::Dhcp => {
                 let mut socket = dhcpv4::Socket::new();
                 let mut retry = dhcpv4::RetryConfig::default();
                 retry.discover_timeout = DHCP_EAGER;
                 retry.initial_request_timeout = DHCP_EAGER;
                 socket.set_retry_config(retry);
+                socket.set_parameter_request_list(&DHCP_WANTED);
+                // The socket is as old as the node becomes, and so is the room for what it was told last.
+                socket.set_receive_packet_buffer(Box::leak(buffer()));
                 let socket = uplink.sockets.add(socket);
                 uplink.dhcp = Some(Dhcp { socket, started_at: now, told: false });
             }
@@ -333,9 +368,11 @@ impl Uplink {
                 let (address, gateway) = (config.address, config.router);
                 let dns_servers =
                     config.dns_servers.iter().map(|server| SocketAddrV4::new(*server, DNS_PORT));
-                let dns_servers: Vec<SocketAddrV4> = dns_servers.collect();
+                let told = config.packet.filter(|packet| packet.your_ip() == address.address());
+                let mtu = told.as_ref().and_then(offered_mtu);
+                let offered = Said { dns_servers: dns_servers.collect(), mtu };
                 dhcp.told = true;
-                self.configure(address, gateway, &dns_servers, " by DHCP");
+                self.configure(address, gateway, offered, " by DHCP", now);
             }
             Some(dhcpv4::Event::Deconfigured) => {
                 if self.configuration.is_some() {
@@ -364,20 +401,30 @@ impl Uplink {
         }
     }
 
-    /// Takes an address, unless it is what the node has already. `dns_servers` are who gave it says resolves names.
+    /// Takes an address, unless it is what the node has already. `offered` is what who gave it says besides.
     fn configure(
         &mut self,
         address: Ipv4Cidr,
         gateway: Option<Ipv4Addr>,
-        dns_servers: &[SocketAddrV4],
+        offered: Said,
         how: &str,
+        now: u64,
     ) {
-        let dns_servers = if self.dns_servers.is_empty() { dns_servers } else { &self.dns_servers };
-        let new = Configuration { address, gateway, dns_servers: dns_servers.to_vec() };
+        let own = &self.said;
+        let dns_servers =
+            if own.dns_servers.is_empty() { offered.dns_servers } else { own.dns_servers.clone() };
+        let mtu = own.mtu.or(offered.mtu).unwrap_or(MTU as u16);
+        let new = Configuration { address, gateway, dns_servers, mtu };
         if self.configuration.as_ref() == Some(&new) {
             return;
         }
         self.configuration = Some(new);
+        if mtu != self.link.mtu {
+            // smoltcp asks for the MTU once, when it is made. The sockets stay as they are.
+            self.link.mtu = mtu;
+            self.seed = self.seed.rotate_left(31) ^ now;
+            self.interface = self.link.interface(self.seed, now);
+        }
         self.interface.update_ip_addrs(|addresses| {
             addresses.clear();
             // The list is empty, so there is room.
@@ -389,9 +436,29 @@ impl Uplink {
             let _ = self.interface.routes_mut().add_default_ipv4_route(gateway);
         }
         let gateway = gateway.map_or_else(|| "none".to_string(), |gateway| gateway.to_string());
-        log::info!("uplink: {} has {address}{how}, gateway {gateway}", Name(&*self.link.nic));
+        let name = Name(&*self.link.nic);
+        if mtu == *MTUS.end() {
+            log::info!("uplink: {name} has {address}{how}, gateway {gateway}");
+        } else {
+            log::info!("uplink: {name} has {address}{how}, gateway {gateway}, MTU {mtu}");
+        }
         log::info!("API: http://{}:{}", address.address(), self.port);
     }
+}
+
+/// The MTU that a DHCP server gives; more than Ethernet's is Ethernet's here.
+fn offered_mtu(packet: &DhcpPacket<&[u8]>) -> Option<u16> {
+    let option = packet.options().find(|option| option.kind == DHCP_MTU)?;
+    let mtu = u16::from_be_bytes(option.data.try_into().ok()?);
+    if mtu < *MTUS.start() {
+        log::warn!(
+            "uplink: the DHCP server says mtu {mtu}, less than IPv4's least of {}: not taken; mtu=N on the kernel's command \
+             line says otherwise",
+            MTUS.start()
+        );
+        return None;
+    }
+    Some(mtu.min(*MTUS.end()))
 }
 
 /// An interface's name for people.
@@ -421,6 +488,7 @@ fn instant(now: u64) -> Instant {
 mod tests {
     use super::super::testing::{CableEnd, Wire, connected_uplinks};
     use super::*;
+    use smoltcp::socket::tcp;
 
     const MS: u64 = 1_000_000;
 
@@ -428,7 +496,7 @@ mod tests {
     fn without_an_answer_dhcp_is_asked_again_and_the_operator_told() {
         let sent = Wire::default();
         let nic = CableEnd { mac: 1, incoming: Wire::default(), outgoing: sent.clone(), queue: 100 };
-        let mut uplink = Uplink::new(Box::new(nic), Addressing::Dhcp, vec![], 80, 1, 0);
+        let mut uplink = Uplink::new(Box::new(nic), Addressing::Dhcp, Said::default(), 80, 1, 0);
         let mut now = 0;
         let mut rounds = 0;
         while now < 30 * SECOND {
@@ -492,7 +560,12 @@ mod tests {
 
     /// An answer to a DHCP request, as RFC 2131 has it: message type 2 (offer) for a discover, 5
     /// (acknowledgement) for the rest.
-    fn dhcp_answer(request: &[u8], address: [u8; 4], lease_seconds: u32) -> Option<Vec<u8>> {
+    fn dhcp_answer(
+        request: &[u8],
+        address: [u8; 4],
+        lease_seconds: u32,
+        mtu: Option<u16>,
+    ) -> Option<Vec<u8>> {
         const SERVER: [u8; 4] = [10, 0, 0, 254];
         let dhcp = request.get(42..)?;
         let kind = if dhcp.windows(3).any(|option| option == [53, 1, 1]) { 2 } else { 5 };
@@ -510,6 +583,10 @@ mod tests {
         body.extend([1, 4, 255, 255, 255, 0, 3, 4]);
         body.extend(SERVER);
         body.extend([6, 8, 10, 0, 0, 53, 10, 0, 0, 54]);
+        if let Some(mtu) = mtu {
+            body.extend([26, 2]);
+            body.extend(mtu.to_be_bytes());
+        }
         body.push(255);
         let length = |bytes: usize| (bytes as u16).to_be_bytes();
         let mut ip =
@@ -527,21 +604,31 @@ mod tests {
         to_uplink: Wire,
         from_uplink: Wire,
         address: Option<[u8; 4]>,
+        mtu: Option<u16>,
+        segments: Vec<Vec<u8>>,
         now: u64,
     }
 
     impl Dhcpd {
         fn new() -> Self {
-            Self::beside(vec![])
+            Self::beside(Said::default())
         }
 
-        /// The operator has named these who resolve names.
-        fn beside(dns_servers: Vec<SocketAddrV4>) -> Self {
+        /// The operator has said this.
+        fn beside(said: Said) -> Self {
             let (to_uplink, from_uplink) = (Wire::default(), Wire::default());
             let nic =
                 CableEnd { mac: 1, incoming: to_uplink.clone(), outgoing: from_uplink.clone(), queue: 100 };
-            let uplink = Uplink::new(Box::new(nic), Addressing::Dhcp, dns_servers, 80, 1, 0);
-            Self { uplink, to_uplink, from_uplink, address: Some([10, 0, 0, 7]), now: 0 }
+            let uplink = Uplink::new(Box::new(nic), Addressing::Dhcp, said, 80, 1, 0);
+            Self {
+                uplink,
+                to_uplink,
+                from_uplink,
+                address: Some([10, 0, 0, 7]),
+                mtu: None,
+                segments: vec![],
+                now: 0,
+            }
         }
 
         fn run(&mut self, seconds: u64) {
@@ -553,7 +640,7 @@ mod tests {
                     let is_dhcp =
                         request.get(12..14) == Some(&[8, 0]) && request.get(36..38) == Some(&[0, 67]);
                     if let Some(address) = self.address.filter(|_| is_dhcp) {
-                        self.to_uplink.borrow_mut().extend(dhcp_answer(&request, address, 60));
+                        self.to_uplink.borrow_mut().extend(dhcp_answer(&request, address, 60, self.mtu));
                     } else if request.get(12..14) == Some(&[8, 6])
                         && request.get(38..42) == Some(&[10, 0, 0, 254])
                     {
@@ -564,10 +651,25 @@ mod tests {
                         answer.extend([2, 0, 0, 0, 0, 254, 10, 0, 0, 254]);
                         answer.extend(&request[22..32]);
                         self.to_uplink.borrow_mut().push_back(answer);
+                    } else if request.get(23) == Some(&6) {
+                        self.segments.push(request);
                     }
                 }
                 self.now += 100 * MS;
             }
+        }
+
+        /// The largest segment that the node names when it connects.
+        fn segment_size(&mut self) -> u16 {
+            let buffer = || tcp::SocketBuffer::new(vec![0; 100]);
+            let socket = self.uplink.sockets.add(tcp::Socket::new(buffer(), buffer()));
+            let Uplink { interface, sockets, .. } = &mut self.uplink;
+            let server = (Ipv4Addr::new(10, 0, 0, 254), 80);
+            sockets.get_mut::<tcp::Socket<'_>>(socket).connect(interface.context(), server, 1000).unwrap();
+            self.run(1);
+            let syn = self.segments.first().unwrap();
+            assert_eq!(syn[54..56], [2, 4]);
+            u16::from_be_bytes([syn[56], syn[57]])
         }
 
         fn address(&self) -> Option<String> {
@@ -592,11 +694,42 @@ mod tests {
         let own = SocketAddrV4::new(Ipv4Addr::new(192, 0, 2, 53), 5300);
         let offered = [53, 54].map(|host| SocketAddrV4::new(Ipv4Addr::new(10, 0, 0, host), DNS_PORT));
         for (operator, expected) in [(vec![], offered.as_slice()), (vec![own], &[own])] {
-            let mut dhcpd = Dhcpd::beside(operator);
+            let mut dhcpd = Dhcpd::beside(Said { dns_servers: operator, mtu: None });
             assert_eq!(dhcpd.uplink.parts().0, None);
             dhcpd.run(2);
             assert_eq!(dhcpd.uplink.parts().0.unwrap().dns_servers, expected);
         }
+    }
+
+    #[test]
+    fn the_mtu_is_the_operators_or_else_dhcps_as_far_as_it_makes_sense() {
+        for (operator, offered, expected) in [
+            (None, None, 1500),
+            (None, Some(1460), 1460),
+            (Some(1400), Some(1460), 1400),
+            (None, Some(9001), 1500),
+            (None, Some(68), 1500),
+            (Some(576), None, 576),
+        ] {
+            let mut dhcpd = Dhcpd::beside(Said { dns_servers: vec![], mtu: operator });
+            dhcpd.mtu = offered;
+            dhcpd.run(2);
+            assert_eq!(dhcpd.uplink.parts().0.unwrap().mtu, expected, "{operator:?} {offered:?}");
+            assert_eq!(dhcpd.segment_size(), expected - 40, "the node's own TCP");
+            assert_eq!(dhcpd.address().as_deref(), Some("10.0.0.7/24"));
+        }
+    }
+
+    #[test]
+    fn another_mtu_comes_with_the_lease_s_renewal_and_the_node_goes_on() {
+        let mut dhcpd = Dhcpd::new();
+        dhcpd.run(2);
+        dhcpd.mtu = Some(1280);
+        dhcpd.run(60);
+        assert_eq!(dhcpd.uplink.parts().0.unwrap().mtu, 1280);
+        assert_eq!(dhcpd.uplink.describe().gateway.as_deref(), Some("10.0.0.254"));
+        dhcpd.run(120);
+        assert_eq!(dhcpd.address().as_deref(), Some("10.0.0.7/24"));
     }
 
     #[test]

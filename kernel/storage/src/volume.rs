@@ -188,15 +188,7 @@ impl<S: AsRef<[u8]> + AsMut<[u8]>> Volume<S> {
         length: u64,
         take: &mut dyn FnMut(&[u8]),
     ) -> Progress {
-        let mut done = 0;
-        while done < length {
-            match self.read_part(backing, at.saturating_add(done), length - done, take) {
-                Ok(bytes) => done += bytes,
-                Err(_) if done > 0 => break,
-                Err(obstacle) => return obstacle.into(),
-            }
-        }
-        Progress::Done(done)
+        in_parts(at, length, |at, length| self.read_part(backing, at, length, take))
     }
 
     fn read_part(
@@ -317,15 +309,7 @@ impl<S: AsRef<[u8]> + AsMut<[u8]>> Volume<S> {
         length: u64,
         give: &mut dyn FnMut(&mut [u8]),
     ) -> Progress {
-        let mut done = 0;
-        while done < length {
-            match self.write_part(backing, at.saturating_add(done), length - done, give) {
-                Ok(bytes) => done += bytes,
-                Err(_) if done > 0 => break,
-                Err(obstacle) => return obstacle.into(),
-            }
-        }
-        Progress::Done(done)
+        in_parts(at, length, |at, length| self.write_part(backing, at, length, give))
     }
 
     fn write_part(
@@ -498,6 +482,19 @@ impl<S: AsRef<[u8]> + AsMut<[u8]>> Volume<S> {
         page.get_mut(offset as usize..(offset + bytes) as usize).unwrap_or_default().fill(0);
         Ok(bytes)
     }
+}
+
+/// Goes through a range by as much as `part` does of the rest each time, until all is done or something is in the way.
+fn in_parts(at: u64, length: u64, mut part: impl FnMut(u64, u64) -> Result<u64, Obstacle>) -> Progress {
+    let mut done = 0;
+    while done < length {
+        match part(at.saturating_add(done), length - done) {
+            Ok(bytes) => done += bytes,
+            Err(_) if done > 0 => break,
+            Err(obstacle) => return obstacle.into(),
+        }
+    }
+    Progress::Done(done)
 }
 
 fn take_zeros(length: u64, take: &mut dyn FnMut(&[u8])) {

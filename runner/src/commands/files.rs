@@ -1,4 +1,4 @@
-//! What `nestling run` sends into a job's machine and brings out of it.
+//! What is sent into a job's machine and brought out of it.
 
 use std::io::{self, Read};
 use std::path::Path;
@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail};
-use nestling::artifacts::{self, UnpackError};
+use anyhow::{Context, Result, bail};
+use nestling::artifacts::{self, UnpackError, Unpacked};
 use nestling::client::types::{Artifacts, ArtifactsStatus, Job, Status, WorkspaceStatus};
 use nestling::client::{Client, ClientError};
 use nestling::ready::printable;
@@ -90,49 +90,94 @@ impl<R: Read> Read for Watched<R> {
     }
 }
 
-/// Waits for the job's artifacts and brings them here. Ends early when the job is `over` without any.
-pub(super) fn fetch(
-    client: &Client,
-    id: &str,
-    directory: &Path,
-    globs: &[String],
-    over: &AtomicBool,
-    progress: &Progress,
-) -> Result<()> {
-    let mut tries = 0;
-    loop {
-        // Before the question, so that the answer to the last one is the job's last word.
-        let last = over.load(Ordering::SeqCst);
-        let job = client.job(id)?;
-        let artifacts =
-            job.artifacts.ok_or_else(|| anyhow!("the node knows no artifacts; is it of another version?"))?;
-        match artifacts.status {
-            ArtifactsStatus::Ready => {
-                tries += 1;
-                match fetch_now(client, id, directory, globs, &artifacts, progress) {
-                    Ok(()) => return Ok(()),
-                    Err(error) if tries < TRIES && may_pass(&error) => {
-                        progress.say(&format!("{error:#}; trying again"));
-                    }
-                    Err(error) => {
-                        // Nobody else will fetch them, and the job's result stands; it may be over by itself already.
-                        let _ = client.cancel(id);
-                        return Err(error.context("the artifacts could not be fetched"));
+/// Artifacts to bring here.
+pub(super) struct Fetch<'a> {
+    pub(super) client: &'a Client,
+    pub(super) id: &'a str,
+    pub(super) directory: &'a Path,
+    /// Which of them; what else comes is left out.
+    pub(super) globs: &'a [String],
+    pub(super) progress: &'a Progress,
+    /// Nobody else follows the job: what it is at is shown, and it is not cancelled when they cannot be fetched.
+    pub(super) alone: bool,
+}
+
+/// What became of it.
+pub(super) enum Fetched {
+    /// They are here.
+    Here(Unpacked),
+    /// There are none, which the user has been told.
+    None,
+    /// The job is over and they are not to be had.
+    Over,
+}
+
+impl Fetch<'_> {
+    /// Waits for the job's artifacts and brings them here. Ends early when the job is `over` without any.
+    pub(super) fn run(&self, over: &AtomicBool) -> Result<Fetched> {
+        let Fetch { client, id, progress, .. } = self;
+        let mut tries = 0;
+        loop {
+            // Before the question, so that the answer to the last one is the job's last word.
+            let last = over.load(Ordering::SeqCst);
+            let job = client.job(id)?;
+            if self.alone && progress.is_live() {
+                progress.phase(&format!("job {} {}", short(id), phase(&job)));
+            }
+            let Some(artifacts) = job.artifacts else {
+                bail!(
+                    "the job {id} has no artifacts; say which it is to have with `nestling run --artifact GLOB`"
+                );
+            };
+            match artifacts.status {
+                ArtifactsStatus::Ready => {
+                    tries += 1;
+                    match self.now(&artifacts) {
+                        Ok(unpacked) => return Ok(Fetched::Here(unpacked)),
+                        Err(error) if tries < TRIES && may_pass(&error) => {
+                            progress.say(&format!("{error:#}; trying again"));
+                        }
+                        Err(error) => {
+                            if !self.alone {
+                                // Nobody else will fetch them, and the job's result stands; it may be over by itself already.
+                                let _ = client.cancel(id);
+                            }
+                            return Err(error.context("the artifacts could not be fetched"));
+                        }
                     }
                 }
+                ArtifactsStatus::Pending | ArtifactsStatus::Gathering
+                    if !last && job.status != Status::Completed => {}
+                ArtifactsStatus::Empty => {
+                    let why =
+                        artifacts.message.unwrap_or_else(|| "nothing in the workspace matches".to_owned());
+                    progress.say(&format!("no artifacts: {}", printable(&why)));
+                    return Ok(Fetched::None);
+                }
+                // The job itself says why it ended.
+                _ if job.status == Status::Completed => return Ok(Fetched::Over),
+                _ => {}
             }
-            ArtifactsStatus::Pending | ArtifactsStatus::Gathering
-                if !last && job.status != Status::Completed => {}
-            ArtifactsStatus::Empty => {
-                let why = artifacts.message.unwrap_or_else(|| "nothing in the workspace matches".to_owned());
-                progress.say(&format!("no artifacts: {}", printable(&why)));
-                return Ok(());
-            }
-            // The job itself says why it ended.
-            _ if job.status == Status::Completed => return Ok(()),
-            _ => {}
+            thread::park_timeout(INTERVAL);
         }
-        thread::park_timeout(INTERVAL);
+    }
+
+    fn now(&self, artifacts: &Artifacts) -> Result<Unpacked> {
+        let (progress, directory) = (self.progress, self.directory);
+        let tar = self.client.artifacts_tar(self.id)?;
+        let unpacked = artifacts::unpack(tar, directory, self.globs)?;
+        for (name, why) in &unpacked.refused {
+            progress.say(&format!("the artifact {} is left out: {why}", printable(name)));
+        }
+        if let Some(message) = &artifacts.message {
+            progress.say(&printable(message));
+        }
+        let files = match unpacked.files {
+            1 => "1 artifact".to_owned(),
+            files => format!("{files} artifacts"),
+        };
+        progress.say(&format!("{files}, {}, in {}", size(unpacked.bytes), directory.display()));
+        Ok(unpacked)
     }
 }
 
@@ -140,34 +185,15 @@ pub(super) fn fetch(
 fn may_pass(error: &anyhow::Error) -> bool {
     match error.downcast_ref::<UnpackError>() {
         Some(error) => matches!(error, UnpackError::Tar(_)),
-        None => error.downcast_ref::<ClientError>().is_some_and(|error| error.status().is_none()),
+        None => error.downcast_ref::<ClientError>().is_some_and(|error| {
+            // A node that has not noticed yet that the transfer before broke off says that somebody reads them.
+            error.status().is_none() || error.code() == Some("artifacts_not_ready")
+        }),
     }
-}
-
-fn fetch_now(
-    client: &Client,
-    id: &str,
-    directory: &Path,
-    globs: &[String],
-    artifacts: &Artifacts,
-    progress: &Progress,
-) -> Result<()> {
-    let tar = client.artifacts_tar(id)?;
-    let unpacked = artifacts::unpack(tar, directory, globs)?;
-    for (name, why) in &unpacked.refused {
-        progress.say(&format!("the artifact {} is left out: {why}", printable(name)));
-    }
-    if let Some(message) = &artifacts.message {
-        progress.say(&printable(message));
-    }
-    let files =
-        if unpacked.files == 1 { "1 artifact".to_owned() } else { format!("{} artifacts", unpacked.files) };
-    progress.say(&format!("{files}, {}, in {}", size(unpacked.bytes), directory.display()));
-    Ok(())
 }
 
 /// Bytes for people.
-fn size(bytes: u64) -> String {
+pub(super) fn size(bytes: u64) -> String {
     match bytes {
         0..1024 => format!("{bytes} bytes"),
         1024..0x10_0000 => format!("{:.1} KiB", bytes as f64 / 1024.0),

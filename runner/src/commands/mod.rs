@@ -1,5 +1,6 @@
 //! The subcommands, one a file, and what several of them need.
 
+pub(crate) mod artifacts;
 pub(crate) mod cancel;
 pub(crate) mod connections;
 pub(crate) mod down;

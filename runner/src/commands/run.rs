@@ -18,7 +18,7 @@ use nestling::client::{Client, Egress, EgressRule, Stream};
 use nestling::ready::printable;
 use nestling::state::{DEFAULT_NODE, State};
 
-use super::files;
+use super::files::{self, Fetch};
 use super::follow::{self, Outputs, Sink};
 use super::interrupt::Interrupt;
 use super::jobs::waiting_for;
@@ -39,6 +39,8 @@ const CANCEL_PATIENCE: Duration = Duration::from_secs(10);
 const NAME_LENGTH: usize = 60;
 /// Memory of a node nobody gave options for.
 const NODE_MEMORY_MIB: u32 = 2048;
+/// How long a node keeps a machine for artifacts that nobody fetches.
+const ARTIFACTS_KEPT_S: u32 = 60;
 /// How often a spinner's phase is asked for. Every answer takes time from an emulated node's one core.
 const PHASE_INTERVAL: Duration = Duration::from_millis(500);
 
@@ -64,9 +66,7 @@ pub(crate) fn run(options: &Run) -> Result<u8> {
         Err(error) => return interrupt.exit_code().ok_or(error.into()),
     };
     if options.detach && workspace.is_none() {
-        progress.finish();
-        terminal::print(&format!("{}\n", job.id))?;
-        return Ok(0);
+        return leave(options, &job.id, &progress);
     }
     progress.phase(&format!("job {} {}", short(&job.id), phase(&job)));
     *running.lock().unwrap_or_else(PoisonError::into_inner) = Some((target.client.clone(), job.id.clone()));
@@ -81,9 +81,7 @@ pub(crate) fn run(options: &Run) -> Result<u8> {
         return Err(error.context(format!("job {}", job.id)));
     }
     if options.detach {
-        progress.finish();
-        terminal::print(&format!("{}\n", job.id))?;
-        return Ok(0);
+        return leave(options, &job.id, &progress);
     }
     let (result, fetched) = with_artifacts(options, &target, &job.id, &progress);
     // Too late to cancel.
@@ -117,6 +115,20 @@ pub(crate) fn run(options: &Run) -> Result<u8> {
     }
 }
 
+/// Prints the ID of a job that goes on without us, and what there is to know of its artifacts.
+fn leave(options: &Run, id: &str, progress: &Progress) -> Result<u8> {
+    if !options.artifact.is_empty() {
+        progress.say(&format!(
+            "the node keeps the machine for {ARTIFACTS_KEPT_S} s after the command for the artifacts: fetch them with \
+             `nestling artifacts {}`, which waits for the job if need be",
+            short(id)
+        ));
+    }
+    progress.finish();
+    terminal::print(&format!("{id}\n"))?;
+    Ok(0)
+}
+
 /// What the options ask the node for, with `variable` our environment.
 fn request(options: &Run, variable: impl Fn(&str) -> Option<String>) -> Result<JobRequest> {
     let words = options.command.iter().map(String::as_str);
@@ -138,10 +150,11 @@ fn request(options: &Run, variable: impl Fn(&str) -> Option<String>) -> Result<J
         env.insert(name.to_owned(), value);
     }
     let default = MachineConfig::default();
-    let machine_config = (options.vcpus.is_some() || options.memory.is_some()).then(|| MachineConfig {
+    let sized = options.vcpus.is_some() || options.memory.is_some() || options.disk.is_some();
+    let machine_config = sized.then(|| MachineConfig {
         vcpu_count: options.vcpus.unwrap_or(default.vcpu_count),
         mem_size_mib: options.memory.unwrap_or(default.mem_size_mib),
-        ..default
+        disk_size_mib: options.disk,
     });
     Ok(JobRequest {
         name: options.name.clone(),
@@ -251,8 +264,10 @@ fn with_artifacts(
     let directory = options.artifact_dir.as_deref().unwrap_or(Path::new("."));
     let over = AtomicBool::new(false);
     thread::scope(|scope| {
-        let fetching =
-            scope.spawn(|| files::fetch(&target.client, id, directory, &options.artifact, &over, progress));
+        let fetch =
+            Fetch { client: &target.client, id, directory, globs: &options.artifact, progress, alone: false };
+        let over = &over;
+        let fetching = scope.spawn(move || fetch.run(over).map(drop));
         let result = follow(target, id, progress);
         over.store(true, Ordering::SeqCst);
         fetching.thread().unpark();
@@ -438,6 +453,11 @@ mod tests {
         assert_eq!(
             (full.timeout_seconds, full.name, full.labels),
             (Some(600), Some("n".into()), vec!["l".into()])
+        );
+        let disk = request_of(&["--disk", "8192", "--", "true"]).unwrap();
+        assert_eq!(
+            disk.machine_config,
+            Some(MachineConfig { disk_size_mib: Some(8192), ..MachineConfig::default() })
         );
     }
 

@@ -132,6 +132,22 @@ fn a_flood_of_connections_of_one_job_leaves_another_its_network() {
     assert_eq!(wait(&node, &flood.id).status, Status::Completed);
 }
 
+#[test]
+fn an_uplink_of_a_smaller_mtu_carries_megabytes_and_tells_machines_what_fits() {
+    const BYTES: u64 = 1_000_000;
+    let (echo, node) = (Echo::start(), ready(Bed::builder().append("mtu=1280")));
+    // The first ping is too large and comes back as an error, by which the guest cuts the others.
+    let script = format!(
+        "head -c {BYTES} /dev/urandom > sent; nc {HOST} {} < sent > received; cmp sent received && echo same; \
+         ping -c 3 -s 1400 {HOST} || true",
+        echo.port()
+    );
+    let (output, connections) = succeed(&node, &job(&script));
+    assert!(output.starts_with("same\n") && output.contains("2 packets received"), "{output}");
+    let [connection] = to_port(&connections, echo.port())[..] else { panic!("{connections:?}") };
+    assert!(connection.bytes_sent >= BYTES && connection.bytes_received >= BYTES, "{connection:?}");
+}
+
 fn with_dns(dns: &Dns) -> BedBuilder {
     Bed::builder().append(format!("dns={HOST}:{}", dns.port()))
 }

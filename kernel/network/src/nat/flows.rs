@@ -22,6 +22,13 @@ pub(crate) struct FlowKey {
     pub(crate) remote_port: u16,
 }
 
+impl FlowKey {
+    /// The other end as the machine names it.
+    pub(crate) fn end(&self) -> (Ipv4Addr, u16) {
+        (self.remote, self.remote_port)
+    }
+}
+
 /// How far a connection has come; those that are missed least come first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum State {
@@ -63,6 +70,8 @@ pub(crate) struct Flow {
     pub(crate) number: u64,
     /// The uplink's port.
     pub(crate) port: u16,
+    /// The other end as the outside names it: the machine's word but for what it calls the gateway.
+    pub(crate) beyond: (Ipv4Addr, u16),
     state: State,
     finished: [bool; 2],
     used: u64,
@@ -84,8 +93,8 @@ impl Flow {
             number: self.number,
             protocol: key.protocol,
             name: None,
-            address: Some(key.remote),
-            port: (key.protocol != Protocol::Icmp).then_some(key.remote_port),
+            address: Some(self.beyond.0),
+            port: (key.protocol != Protocol::Icmp).then_some(self.beyond.1),
             bytes_sent: self.sent,
             bytes_received: self.received,
             refused: None,
@@ -129,7 +138,7 @@ impl Flows {
     }
 
     /// A connection begins.
-    pub(crate) fn insert(&mut self, key: FlowKey, number: u64, port: u16, now: u64) {
+    pub(crate) fn insert(&mut self, key: FlowKey, beyond: (Ipv4Addr, u16), number: u64, port: u16, now: u64) {
         let state = match key.protocol {
             Protocol::Tcp => State::Opening,
             Protocol::Icmp => State::Echo,
@@ -138,6 +147,7 @@ impl Flows {
         let flow = Flow {
             number,
             port,
+            beyond,
             state,
             finished: [false; 2],
             used: now,
@@ -263,7 +273,7 @@ mod tests {
 
     fn life(steps: &[(bool, &str)]) -> State {
         let mut flows = Flows::default();
-        flows.insert(key(1), 0, 40_000, 0);
+        flows.insert(key(1), key(1).end(), 0, 40_000, 0);
         for (outward, letters) in steps {
             flows.pass(&key(1), *outward, &flags(letters), 0, 0).unwrap();
         }
@@ -293,7 +303,7 @@ mod tests {
     fn the_oldest_half_open_is_found_though_others_have_gone_on_or_away() {
         let mut flows = Flows::default();
         for port in 0..5000 {
-            flows.insert(key(port), u64::from(port), 40_000, 0);
+            flows.insert(key(port), key(port).end(), u64::from(port), 40_000, 0);
             if port % 3 == 0 {
                 flows.pass(&key(port), true, &flags("R"), 0, 0);
             } else if port % 3 == 1 {
@@ -313,7 +323,7 @@ mod tests {
     fn what_is_over_goes_before_what_is_open() {
         let mut flows = Flows::default();
         for port in 0..64 {
-            flows.insert(key(port), 0, 40_000, u64::from(port));
+            flows.insert(key(port), key(port).end(), 0, 40_000, u64::from(port));
             let steps: &[(bool, &str)] =
                 if port >= 60 { &[(false, "R")] } else { &[(false, "SA"), (true, "A")] };
             for (outward, letters) in steps {

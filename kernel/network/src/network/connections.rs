@@ -4,6 +4,7 @@ use smoltcp::wire::IpProtocol;
 
 use super::{LEAST_SHARES, MAX_FLOWS, MachineKey, Network};
 use crate::frame::{self, Output};
+use crate::link::GATEWAY;
 use crate::nat::{FlowKey, Owner};
 use crate::policy::{self, Policy, Refusal};
 use crate::records::{Protocol, Record};
@@ -20,12 +21,19 @@ impl<P: Policy> Network<P> {
     ) -> Result<(), Refusal> {
         let machines = self.machines.len();
         let Some(machine) = self.machines.get_mut(&key) else { return Err(Refusal::Policy) };
-        let port = (flow.protocol != Protocol::Icmp).then_some(flow.remote_port);
+        // The gateway has nothing but DNS, whose place a server outside takes.
+        let by_proxy = flow.remote == GATEWAY;
+        let server = self.uplink.as_ref().and_then(|uplink| self.queries.server(&uplink.dns_servers));
+        let beyond = match server.filter(|_| by_proxy) {
+            Some(server) => (*server.ip(), server.port()),
+            None => flow.end(),
+        };
+        let port = (flow.protocol != Protocol::Icmp).then_some(beyond.1);
         let record = Record {
             number: 0,
             protocol: flow.protocol,
             name: None,
-            address: Some(flow.remote),
+            address: Some(beyond.0),
             port,
             bytes_sent: 0,
             bytes_received: 0,
@@ -33,10 +41,16 @@ impl<P: Policy> Network<P> {
         };
         let policy = &machine.policy;
         let by_name = machine.names.find(flow.remote, now, |name| policy.allows_name(name, port));
-        let refused = policy::closed(flow.remote, self.uplink.as_ref()).or_else(|| {
-            let allowed = by_name.is_some() || policy.allows_address(flow.remote, port);
-            (!allowed).then_some(Refusal::Policy)
-        });
+        let refused = if by_proxy && !policy.knows_every_name() {
+            Some(Refusal::NamesByTcp)
+        } else if by_proxy {
+            server.is_none().then_some(Refusal::NoServer)
+        } else {
+            policy::closed(flow.remote, self.uplink.as_ref()).or_else(|| {
+                let allowed = by_name.is_some() || policy.allows_address(flow.remote, port);
+                (!allowed).then_some(Refusal::Policy)
+            })
+        };
         let name = by_name.or_else(|| machine.names.find(flow.remote, now, |_| true));
         if let Some(refused) = refused {
             machine.records.refuse(Record { name, refused: Some(refused), ..record }, now);
@@ -54,7 +68,7 @@ impl<P: Policy> Network<P> {
             return Err(Refusal::Connections);
         };
         let number = machine.records.begin(Record { name, ..record });
-        machine.flows.insert(flow, number, port, now);
+        machine.flows.insert(flow, beyond, number, port, now);
         self.flows += 1;
         Ok(())
     }
@@ -116,10 +130,10 @@ impl<P: Policy> Network<P> {
         self.flows = self.flows.saturating_sub(1);
         self.ports.free(flow.protocol, mapping.port);
         if let (Some(sequence), Some(uplink)) = (mapping.reset_sequence(), &self.uplink) {
-            let (source, destination) = ((uplink.address, mapping.port), (flow.remote, flow.remote_port));
+            let (source, destination) = ((uplink.address, mapping.port), mapping.beyond);
             let segment = transport::reset(source, destination, sequence, None);
             let mut frame = frame::packet(source.0, destination.0, IpProtocol::Tcp, &segment);
-            if let Some(hop) = uplink.next_hop(flow.remote) {
+            if let Some(hop) = uplink.next_hop(destination.0) {
                 let sent = self.neighbors.send(hop, &mut frame, uplink, now, out);
                 self.counters.no_room += u64::from(!sent);
             }

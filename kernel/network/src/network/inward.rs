@@ -9,8 +9,8 @@ use crate::frame::{ETHERNET, Output, set_ethernet};
 use crate::icmp;
 use crate::ip::Header;
 use crate::link::{self, GATEWAY_MAC, MACHINE, MACHINE_MAC};
+use crate::nat::Owner;
 use crate::nat::rewrite::{self, End};
-use crate::nat::{FlowKey, Owner};
 use crate::policy::Policy;
 use crate::records::Protocol;
 use crate::transport::{self, Transport};
@@ -66,20 +66,23 @@ impl<P: Policy> Network<P> {
             }
             Owner::Flow(key, flow) => (key, flow),
         };
-        let from_its_end =
-            header.source == flow.remote && (icmp || transport.source_port == flow.remote_port);
+        let Some(machine) = self.machines.get_mut(&key) else { return true };
+        let Some(beyond) = machine.flows.get(&flow).map(|mapping| mapping.beyond) else { return true };
+        let from_its_end = header.source == beyond.0 && (icmp || transport.source_port == beyond.1);
         if !from_its_end || header.ttl <= 1 {
             return true;
         }
-        let Some(machine) = self.machines.get_mut(&key) else { return true };
         if let Some((_, due)) = machine.flows.pass(&flow, false, &transport.tcp, transport.payload_bytes, now)
         {
             self.sweep_due = self.sweep_due.min(due);
         }
         rewrite::replace(packet, &header, transport.protocol, End::Destination, (MACHINE, flow.port), true);
+        if flow.end() != beyond {
+            rewrite::replace(packet, &header, transport.protocol, End::Source, flow.end(), true);
+        }
         rewrite::count_hop(packet, &header);
-        let most = (link::MTU - 40) as u16;
-        if transport.tcp.syn {
+        if let Some(uplink) = self.uplink.as_ref().filter(|_| transport.tcp.syn) {
+            let most = uplink.largest_segment();
             transport::clamp_mss(header.payload_mut(packet), transport.header_bytes, most);
         }
         set_ethernet(frame, MACHINE_MAC, GATEWAY_MAC, smoltcp::wire::EthernetProtocol::Ipv4);
@@ -100,15 +103,17 @@ impl<P: Policy> Network<P> {
             return false;
         }
         let Some(Owner::Flow(key, flow)) = self.ports.owner(protocol, ports.0) else { return false };
-        let is_known = |flow: &FlowKey| {
-            inner.destination == flow.remote && (protocol == Protocol::Icmp || ports.1 == flow.remote_port)
-        };
-        if !is_known(&flow) {
+        let mapping = self.machines.get(&key).and_then(|machine| machine.flows.get(&flow));
+        let Some(beyond) = mapping.map(|mapping| mapping.beyond) else { return false };
+        if inner.destination != beyond.0 || !(protocol == Protocol::Icmp || ports.1 == beyond.1) {
             return false;
         }
         let message = header.payload_mut(packet);
         if let Some(quoted) = message.get_mut(icmp::ERROR..) {
             rewrite::replace(quoted, &inner, protocol, End::Source, (MACHINE, flow.port), true);
+            if flow.end() != beyond {
+                rewrite::replace(quoted, &inner, protocol, End::Destination, flow.end(), true);
+            }
         }
         if let Ok(mut icmp) = Icmpv4Packet::new_checked(message) {
             icmp.fill_checksum();

@@ -6,7 +6,7 @@ use super::{MachineKey, Network};
 use crate::frame::{self, Checksum, ETHERNET, IPV4, Offload, Output};
 use crate::icmp::{self, Error};
 use crate::ip::Header;
-use crate::link::{self, GATEWAY, MACHINE};
+use crate::link::{GATEWAY, MACHINE};
 use crate::nat::FlowKey;
 use crate::nat::rewrite::{self, End};
 use crate::policy::{self, Policy};
@@ -17,8 +17,6 @@ use core::net::Ipv4Addr;
 
 /// The port of DHCP servers.
 const DHCP: u16 = 67;
-/// The headers of a TCP segment without options: what a packet of the largest size leaves for payload.
-const TCP_HEADERS: usize = 40;
 
 impl<P: Policy> Network<P> {
     /// Takes a machine's packet, from the frame's Ethernet header on.
@@ -32,7 +30,8 @@ impl<P: Policy> Network<P> {
         out: &mut impl Output,
     ) {
         let Some(packet) = frame.get(ETHERNET..) else { return };
-        if header.destination == GATEWAY || header.destination == Ipv4Addr::BROADCAST {
+        let to_gateway = header.destination == GATEWAY || header.destination == Ipv4Addr::BROADCAST;
+        if to_gateway && !is_dns_by_tcp(packet, &header) {
             return self.packet_to_gateway(key, packet, &header, now, out);
         }
         // Options could name hops of the machine's choice, past the policy (RFC 7126, 4.3); nothing else needs them.
@@ -137,7 +136,8 @@ impl<P: Policy> Network<P> {
                 // Nobody knows this connection (any more).
                 return self.reset_machine(key, &header, &transport, out);
             }
-            if self.uplink.is_none() && policy::closed(header.destination, None).is_none() {
+            let to_gateway = header.destination == GATEWAY;
+            if self.uplink.is_none() && (to_gateway || policy::closed(header.destination, None).is_none()) {
                 return self.complain(key, Error::NetUnreachable, packet, &header, now, out);
             }
             if self.open(key, flow, now, out).is_err() {
@@ -151,12 +151,15 @@ impl<P: Policy> Network<P> {
             return self.complain(key, Error::TimeExceeded, packet, &header, now, out);
         }
         let Some(uplink) = &self.uplink else { return };
-        let Some(hop) = uplink.next_hop(header.destination) else {
+        let mapping = self.machines.get(&key).and_then(|machine| machine.flows.get(&flow));
+        let Some(beyond) = mapping.map(|mapping| mapping.beyond) else { return };
+        let Some(hop) = uplink.next_hop(beyond.0) else {
             return self.complain(key, Error::NetUnreachable, packet, &header, now, out);
         };
-        let too_big = header.total > link::MTU && offload.gso.is_none();
+        let mtu = uplink.mtu();
+        let too_big = header.total > mtu && offload.gso.is_none();
         if too_big && header.dont_fragment {
-            return self.complain(key, Error::TooBig(link::MTU as u16), packet, &header, now, out);
+            return self.complain(key, Error::TooBig(mtu as u16), packet, &header, now, out);
         }
         let Some(machine) = self.machines.get_mut(&key) else { return };
         let Some((port, due)) = machine.flows.pass(&flow, true, &transport.tcp, transport.payload_bytes, now)
@@ -166,31 +169,31 @@ impl<P: Policy> Network<P> {
         self.sweep_due = self.sweep_due.min(due);
         let complete = offload.checksum == Checksum::Complete || offload.checksum == Checksum::Verified;
         rewrite::replace(packet, &header, transport.protocol, End::Source, (uplink.address, port), complete);
+        if flow.end() != beyond {
+            rewrite::replace(packet, &header, transport.protocol, End::Destination, beyond, complete);
+        }
         rewrite::count_hop(packet, &header);
         if !complete && offload.gso.is_none() {
             let payload = header.payload_mut(packet);
-            transport::complete(uplink.address, header.destination, transport.protocol, payload);
+            transport::complete(uplink.address, beyond.0, transport.protocol, payload);
         }
         if transport.tcp.syn {
-            transport::clamp_mss(
-                header.payload_mut(packet),
-                transport.header_bytes,
-                (link::MTU - TCP_HEADERS) as u16,
-            );
+            let most = uplink.largest_segment();
+            transport::clamp_mss(header.payload_mut(packet), transport.header_bytes, most);
         }
-        let header = Header { source: uplink.address, ..header };
+        let header = Header { source: uplink.address, destination: beyond.0, ..header };
         let (neighbors, counters) = (&mut self.neighbors, &mut self.counters);
         let mut send = |frame: &mut [u8]| {
             let sent = neighbors.send(hop, frame, uplink, now, out);
             counters.no_room += u64::from(!sent);
         };
         if let Some(gso) = offload.gso {
-            let most = link::MTU.saturating_sub(header.bytes + transport.header_bytes);
+            let most = mtu.saturating_sub(header.bytes + transport.header_bytes);
             let size = usize::from(gso.size).min(most);
             segments::cut(frame, &header, transport.header_bytes, size, &mut self.scratch, send);
         } else if too_big {
             self.ident = self.ident.wrapping_add(1);
-            fragments::cut(frame, &header, self.ident, link::MTU, send);
+            fragments::cut(frame, &header, self.ident, mtu, send);
         } else if let Some(frame) = frame.get_mut(..ETHERNET + header.total) {
             send(frame);
         }
@@ -207,6 +210,11 @@ impl<P: Policy> Network<P> {
     ) {
         let Some(packet) = frame.get_mut(ETHERNET..ETHERNET + header.total) else { return };
         let Some(uplink) = &self.uplink else { return };
+        // Errors quote no more than what makes them as long as every link takes (RFC 1812, 4.3.2.3).
+        if header.total > uplink.mtu() {
+            self.counters.invalid += 1;
+            return;
+        }
         let about = icmp::quoted(header.payload(packet));
         let Some((inner, protocol, ports)) = about.filter(|(inner, ..)| inner.destination == MACHINE) else {
             self.counters.invalid += 1;
@@ -277,6 +285,16 @@ impl<P: Policy> Network<P> {
         let frame = frame::to_machine(source.0, MACHINE, IpProtocol::Tcp, &segment);
         self.give(key, &frame, out);
     }
+}
+
+/// Whether a packet to the gateway is of a connection to its DNS server. Such connections are translated to one outside: answers come
+/// whole from there, and nothing here has to put a stream together.
+fn is_dns_by_tcp(packet: &[u8], header: &Header) -> bool {
+    header.destination == GATEWAY
+        && header.protocol == IpProtocol::Tcp
+        && header.fragment.is_none()
+        && Transport::read(header.protocol, header.payload(packet))
+            .is_some_and(|transport| transport.destination_port == dns::PORT)
 }
 
 /// Whether what a machine leaves to us is what virtio lets it: the checksum of the packet's own TCP or UDP header, and cuts of TCP.

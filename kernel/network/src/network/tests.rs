@@ -1,5 +1,8 @@
 //! The network as its machines and the outside see it.
 
+mod dns_by_tcp;
+mod mtu;
+
 use alloc::string::ToString;
 use alloc::vec;
 use alloc::vec::Vec;
@@ -39,6 +42,10 @@ impl Policy for Rules {
     fn knows_name(&self, name: &str) -> bool {
         self.0.is_empty() || self.0.iter().any(|rule| rule.0 == name)
     }
+
+    fn knows_every_name(&self) -> bool {
+        self.0.is_empty()
+    }
 }
 
 /// A network with an uplink whose router has been asked for its Ethernet address already.
@@ -61,12 +68,17 @@ impl Net {
     }
 
     fn set_uplink(&mut self, address: Ipv4Addr) {
+        self.set_uplink_with(address, 1500);
+    }
+
+    fn set_uplink_with(&mut self, address: Ipv4Addr, mtu: u16) {
         let uplink = UplinkConfig {
             mac: NODE_MAC,
             address,
             prefix: 24,
             gateway: Some(ROUTER),
             dns_servers: vec![SocketAddrV4::new(ROUTER, 53)],
+            mtu,
         };
         self.network.set_uplink(Some(uplink), self.now, &mut self.ends);
     }
@@ -557,7 +569,7 @@ fn the_gateway_is_pinged_and_offers_nothing_else() {
         (header.source, transport.unwrap().echo_request, payload.as_slice()),
         (GATEWAY, false, &b"hello"[..])
     );
-    let (from, to) = ((MACHINE, 4000), (GATEWAY, 53));
+    let (from, to) = ((MACHINE, 4000), (GATEWAY, 54));
     net.send(
         Segment { from, to, flags: "S", sequence: 1, acknowledgement: 0, options: &[], payload: b"" }.frame(),
     );
@@ -769,6 +781,7 @@ fn a_server_that_does_not_answer_gives_way_to_the_next() {
         prefix: 24,
         gateway: Some(ROUTER),
         dns_servers: vec![SocketAddrV4::new(first, 53), SocketAddrV4::new(second, 53)],
+        mtu: 1500,
     };
     net.network.set_uplink(Some(uplink), net.now, &mut net.ends);
     let mut asked = Vec::new();

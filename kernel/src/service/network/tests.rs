@@ -32,8 +32,12 @@ impl Bench {
             nic,
             sent,
         };
-        let uplink =
-            Configuration { address: "10.0.0.1/24".parse().unwrap(), gateway: None, dns_servers: vec![] };
+        let uplink = Configuration {
+            address: "10.0.0.1/24".parse().unwrap(),
+            gateway: None,
+            dns_servers: vec![],
+            mtu: 1500,
+        };
         bench.network.follow(Some(&uplink), &mut bench.nic, 0);
         bench
     }
