@@ -12,7 +12,7 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// The vendor's control block of one vCPU.
     type Vcpu: VendorVcpu + Send;
     /// The vendor's nested page table entry.
-    type Entry: NestedEntry + Send;
+    type Entry: NestedEntry + Send + Sync;
     /// "amd" or "intel".
     const VENDOR: &'static str;
 

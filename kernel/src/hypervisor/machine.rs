@@ -3,9 +3,9 @@
 use super::backend::{Backend, TscOffset};
 use super::config_space::ConfigSpace;
 use super::disk::MachineDisk;
-use super::nested::NestedTable;
 use super::node::Node;
-use super::ram::{Ram, RamView};
+use super::pages::{Change, Pages};
+use super::ram::{RamView, Translations};
 use super::vcpu::{Activity, Place, VcpuCell};
 use crate::cpu::clock;
 use crate::memory::frames::{FramePool, LARGE_FRAME, PrivateFrame};
@@ -135,10 +135,9 @@ pub struct DiskSize {
 pub struct Machine<B: Backend> {
     pub(super) vcpus: Box<[VcpuCell<B>]>,
     pub(super) router: InterruptRouter,
-    pub(super) ram: Ram,
+    pub(super) pages: Pages<B::Entry>,
     pub(super) size: Size,
     devices: Mutex<Devices>,
-    nested: Mutex<NestedTable<B::Entry>>,
     end: Once<End>,
     /// It has ended or is to be destroyed: no vCPU is entered again.
     is_over: AtomicBool,
@@ -148,6 +147,21 @@ pub struct Machine<B: Backend> {
     has_work: AtomicBool,
     /// vCPUs that only another vCPU can wake.
     stuck: AtomicUsize,
+}
+
+/// A machine's RAM, as devices and emulation see it.
+pub type MachineMemory<'a, B> = RamView<'a, <B as Backend>::Entry, Processors<'a, B>>;
+
+/// The vCPUs of a machine, with what they may have cached of its translations.
+pub struct Processors<'a, B: Backend> {
+    machine: &'a Machine<B>,
+    node: &'a Node<B>,
+}
+
+impl<B: Backend> Translations for Processors<'_, B> {
+    fn drop_all(&self) {
+        self.machine.drop_translations(self.node);
+    }
 }
 
 impl<B: Backend> Machine<B> {
@@ -165,13 +179,13 @@ impl<B: Backend> Machine<B> {
         let Size { memory_mib, vcpu_count, network, disk } = *size;
         let pool = &node.pool;
         let ram_bytes = u64::from(memory_mib) << 20;
-        let Some(nested) = NestedTable::new(pool) else { return Err(CreateError::OutOfFrames) };
-        let ram = Ram::new(ram_bytes);
-        let state = match linux::load(&mut RamView { ram: &ram, pool }, image, ram_bytes, vcpu_count) {
+        let Some(pages) = Pages::new(ram_bytes, pool) else { return Err(CreateError::OutOfFrames) };
+        let mut memory = RamView { pages: &pages, pool, translations: () };
+        let state = match linux::load(&mut memory, image, ram_bytes, vcpu_count) {
             Ok(state) => state,
             Err(error) => {
-                ram.free(pool);
-                nested.free(pool);
+                // SAFETY: no vCPU and no clone was made of it.
+                unsafe { pages.free(pool) };
                 return Err(match error {
                     BootError::Memory(MemoryError::OutOfFrames) => CreateError::OutOfFrames,
                     other => CreateError::Boot(other),
@@ -187,7 +201,7 @@ impl<B: Backend> Machine<B> {
                 0 => (state, Activity::Running),
                 _ => (vcpu.init(), Activity::WaitsForStartUp),
             };
-            let hardware = node.backend.vcpu(nested.root(), &state);
+            let hardware = node.backend.vcpu(pages.root(), &state);
             VcpuCell::new(hardware, vcpu, offset, activity, components)
         };
         let vcpus: Box<[_]> = (0..vcpu_count).map(vcpu).collect();
@@ -211,16 +225,15 @@ impl<B: Backend> Machine<B> {
             stuck: AtomicUsize::new(vcpus.len().saturating_sub(1)),
             vcpus,
             router: InterruptRouter::new(vcpu_count),
-            ram,
+            pages,
             size: *size,
             devices: Mutex::new(devices),
-            nested: Mutex::new(nested),
             end: Once::new(),
             is_over: AtomicBool::new(false),
             is_booting: AtomicBool::new(true),
             has_work: AtomicBool::new(false),
         };
-        if machine.map_backed(pool) && machine.map_config_space(pool) {
+        if machine.map_config_space(pool) {
             Ok(machine)
         } else {
             machine.free(node);
@@ -228,35 +241,29 @@ impl<B: Backend> Machine<B> {
         }
     }
 
-    /// Maps what loading has already touched, so that it does not fault.
-    fn map_backed(&mut self, pool: &FramePool) -> bool {
-        let nested = self.nested.get_mut();
-        self.ram.backed().all(|(at, frame)| nested.map(at, frame, pool))
-    }
-
     fn map_config_space(&mut self, pool: &FramePool) -> bool {
         let Devices { platform, config_space, .. } = self.devices.get_mut();
-        config_space.map(platform, self.nested.get_mut(), pool)
+        config_space.map(platform, &self.pages, pool)
     }
 
     /// Gives every frame back. No core has any of its vCPUs.
     pub fn free(self, node: &Node<B>) {
         let pool = &node.pool;
         drop(self.vcpus);
-        self.nested.into_inner().free(pool);
         let Devices { config_space, volume, .. } = self.devices.into_inner();
         config_space.free(pool);
-        self.ram.free(pool);
+        // SAFETY: the vCPUs are gone, and only a template has clones.
+        unsafe { self.pages.free(pool) };
         if let Some(volume) = volume {
             let slabs = volume.into_slabs(&mut node.storage.lock().backing);
             slabs.for_each(|slab| pool.free_large(slab.into_frame()));
         }
     }
 
-    /// Bytes of memory behind its RAM and the changes on its disk.
+    /// Bytes of memory that are its own: RAM, nested page tables, and the changes on its disk.
     pub fn memory_bytes(&self) -> u64 {
         let slabs = self.devices.lock().volume.as_ref().map_or(0, Volume::slabs);
-        self.ram.backed_bytes() + slabs as u64 * LARGE_FRAME
+        self.pages.private_bytes() + slabs as u64 * LARGE_FRAME
     }
 
     /// What went wrong with its disk for want of memory.
@@ -265,8 +272,8 @@ impl<B: Backend> Machine<B> {
     }
 
     /// RAM as devices and emulation see it.
-    pub(super) fn memory<'a>(&'a self, node: &'a Node<B>) -> RamView<'a> {
-        RamView { ram: &self.ram, pool: &node.pool }
+    pub(super) fn memory<'a>(&'a self, node: &'a Node<B>) -> MachineMemory<'a, B> {
+        RamView { pages: &self.pages, pool: &node.pool, translations: Processors { machine: self, node } }
     }
 
     /// Lets `work` use the devices, and settles what comes of it: queues are worked on, interrupts go to their vCPUs, an end is noticed.
@@ -366,19 +373,22 @@ impl<B: Backend> Machine<B> {
         }
     }
 
-    /// A large page of RAM was touched: maps it. False when the pool is empty.
-    pub(super) fn map(&self, node: &Node<B>, at: GuestPhysAddr) -> bool {
-        match self.ram.back(at, &node.pool) {
-            Ok(frame) => self.nested.lock().map(at, frame, &node.pool),
-            Err(_) => false,
+    /// A page of RAM was touched that is not there, or written to that is the template's: gives the machine its own. False when the pool is empty.
+    pub(super) fn back(&self, node: &Node<B>, at: GuestPhysAddr) -> bool {
+        let change = self.pages.make_private(at, &node.pool);
+        if change == Ok(Change::Moved) {
+            self.drop_translations(node);
         }
+        change.is_ok()
     }
 
     /// Shows the guest what a write to configuration space has changed there.
     pub(super) fn update_config_space(&self, node: &Node<B>, devices: &mut Devices) {
         let Devices { platform, config_space, .. } = devices;
-        if config_space.update(platform, &mut self.nested.lock(), &node.pool) {
-            self.drop_translations(node);
+        match config_space.update(platform, &self.pages, &node.pool) {
+            Ok(true) => self.drop_translations(node),
+            Ok(false) => {}
+            Err(_) => self.end(node, || End::OutOfFrames),
         }
     }
 

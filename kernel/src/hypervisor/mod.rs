@@ -10,6 +10,7 @@ mod handle;
 mod machine;
 mod nested;
 mod node;
+mod pages;
 mod ram;
 mod refusal;
 mod run;

@@ -95,10 +95,6 @@ struct Shared {
 }
 
 impl Shared {
-    fn has_access_dirty(&self) -> bool {
-        self.capabilities.has_ept_access_dirty()
-    }
-
     /// Drops every cached translation of an EPT pointer and of a VPID.
     fn forget_translations(&self, ept_pointer: u64, vpid: u16) {
         const SINGLE_CONTEXT: u64 = 1;

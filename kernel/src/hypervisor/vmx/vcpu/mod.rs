@@ -96,7 +96,7 @@ impl VmxVcpu {
         let mut vcpu = Self {
             vmcs,
             controls: shared.controls,
-            ept_pointer: ept::pointer(nested_root, shared.has_access_dirty()),
+            ept_pointer: ept::pointer(nested_root),
             vpid,
             is_on_core: true,
             launched: false,
