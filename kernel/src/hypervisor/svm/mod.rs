@@ -138,9 +138,18 @@ impl Backend for Svm {
     }
 
     fn vcpu(&self, nested_root: u64, state: &VcpuState) -> SvmVcpu {
-        // ASID 0 is L1's. A reused ASID is harmless: a new vCPU's first entry flushes, and so does every later change of vCPU.
-        let asid = self.next_asid.fetch_add(1, Ordering::Relaxed) % (self.asids - 1) + 1;
-        SvmVcpu::new(nested_root, state, asid, self.nrip_save, self.pause_filter, Arc::clone(&self.maps))
+        SvmVcpu::new(nested_root, state, self.next_asid(), self.nrip_save, self.pause_filter, Arc::clone(&self.maps))
+    }
+
+    fn thaw(&self, nested_root: u64, snapshot: &vcpu::Snapshot) -> SvmVcpu {
+        SvmVcpu::thaw(nested_root, snapshot, self.next_asid(), Arc::clone(&self.maps))
+    }
+}
+
+impl Svm {
+    /// ASID 0 is L1's. A reused ASID is harmless: a new vCPU's first entry flushes, and so does every later change of vCPU.
+    fn next_asid(&self) -> u32 {
+        self.next_asid.fetch_add(1, Ordering::Relaxed) % (self.asids - 1) + 1
     }
 }
 

@@ -172,8 +172,17 @@ impl Backend for Vmx {
     }
 
     fn vcpu(&self, nested_root: u64, state: &VcpuState) -> VmxVcpu {
-        // VPID 0 is L1's. A reused one is harmless: a vCPU that is new on a core drops all its translations there.
-        let vpid = self.next_vpid.fetch_add(1, Ordering::Relaxed).max(1);
-        VmxVcpu::new(nested_root, state, vpid, Arc::clone(&self.shared))
+        VmxVcpu::new(nested_root, state, self.next_vpid(), Arc::clone(&self.shared))
+    }
+
+    fn thaw(&self, nested_root: u64, snapshot: &vcpu::Snapshot) -> VmxVcpu {
+        VmxVcpu::thaw(nested_root, snapshot, self.next_vpid(), Arc::clone(&self.shared))
+    }
+}
+
+impl Vmx {
+    /// VPID 0 is L1's. A reused one is harmless: a vCPU that is new on a core drops all its translations there.
+    fn next_vpid(&self) -> u16 {
+        self.next_vpid.fetch_add(1, Ordering::Relaxed).max(1)
     }
 }

@@ -5,6 +5,7 @@
 mod events;
 mod exits;
 mod registers;
+mod snapshot;
 mod timer;
 
 use super::controls::{Controls, allows, entry, exit, pin, primary, secondary};
@@ -24,6 +25,7 @@ use core::ops::RangeInclusive;
 use events::SHADOW;
 use nestling_machine::address::Vector;
 use nestling_machine::state::{ControlRegisters, CpuState, EFER_LMA, Exception, Gpr, Registers, VcpuState};
+pub use snapshot::Snapshot;
 use registers::{
     CR0_HOST_OWNED, CR0_NE, CR4_GUEST_OWNED, CR4_MCE, CR4_VMXE, CS, DS, ES, FS, GS, LDTR, SS, TR,
     access_rights, read_dr6, write_dr6,
@@ -245,6 +247,12 @@ impl VmxVcpu {
 }
 
 impl VendorVcpu for VmxVcpu {
+    type Snapshot = Snapshot;
+
+    fn freeze(&mut self) -> Snapshot {
+        self.snapshot()
+    }
+
     fn reset(&mut self, state: &VcpuState) {
         let s = &state.system;
         self.registers = state.registers;
