@@ -81,7 +81,7 @@ fn run_on<B: Backend>(
     let entropy = Box::new(random.fork());
     let node: &Node<B> = Box::leak(Box::new(Node::new(backend, frames, storage, entropy, &cores)));
     cpu::cores::release(Box::leak(Box::new(|core| Runner::new(node, core).run_forever())));
-    let fleet = Fleet::new(node, components, settings.vcpus_per_core);
+    let fleet = Fleet::new(node, components, &settings);
     let service = Service::new(boot, nic, random, catalog).unwrap_or_else(|error| refuse(&error));
     serve(service, fleet)
 }

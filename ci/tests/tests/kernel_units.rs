@@ -218,11 +218,19 @@ fn an_exit_that_was_a_ram_fault_is_counted_once() {
 fn the_command_line_bounds_cores_and_vcpus_and_what_is_no_number_is_refused() {
     use hypervisor::settings::Settings;
     let read = |line| Settings::read(&CommandLine::new(line));
-    assert_eq!(read("log=info"), Ok(Settings { cores: usize::MAX, vcpus_per_core: 4 }));
-    assert_eq!(read("cores=2 vcpus_per_core=64"), Ok(Settings { cores: 2, vcpus_per_core: 64 }));
-    for line in
-        ["cores=0", "cores=", "cores=two", "vcpus_per_core=0", "vcpus_per_core=65", "vcpus_per_core=-1"]
-    {
+    let usual = Settings { cores: usize::MAX, vcpus_per_core: 4, clone_reserve_bytes: None };
+    assert_eq!(read("log=info"), Ok(usual));
+    assert_eq!(read("cores=2 vcpus_per_core=64"), Ok(Settings { cores: 2, vcpus_per_core: 64, ..usual }));
+    assert_eq!(read("clone_reserve_mib=8"), Ok(Settings { clone_reserve_bytes: Some(8 << 20), ..usual }));
+    for line in [
+        "cores=0",
+        "cores=",
+        "cores=two",
+        "vcpus_per_core=0",
+        "vcpus_per_core=65",
+        "vcpus_per_core=-1",
+        "clone_reserve_mib=0",
+    ] {
         let error = read(line).unwrap_err();
         assert!(error.contains(line), "{error}");
     }

@@ -6,11 +6,13 @@ use super::disk::MachineDisk;
 use super::node::Node;
 use super::pages::{Change, Pages};
 use super::ram::{RamView, Translations};
+use super::template::Template;
 use super::vcpu::{Activity, Place, VcpuCell};
 use crate::cpu::clock;
 use crate::memory::frames::{FramePool, LARGE_FRAME, PrivateFrame};
 use alloc::boxed::Box;
 use alloc::string::String;
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -90,15 +92,26 @@ struct Progress {
 /// A machine's devices. Who has touched them settles what comes of it: see [`Machine::with_devices`].
 pub struct Devices {
     pub(super) platform: Platform,
-    volume: Option<Volume<PrivateFrame>>,
+    pub(super) volume: Option<Volume<PrivateFrame>>,
     pub(super) config_space: ConfigSpace,
     /// What the service has seen of them.
     seen: Progress,
     /// Frames sent by the guest, for which the service was called.
-    frames_sent: u64,
+    pub(super) frames_sent: u64,
 }
 
 impl Devices {
+    /// Those of a clone. Whatever there is for the service, it has not seen.
+    pub(super) const fn resumed(
+        platform: Platform,
+        volume: Option<Volume<PrivateFrame>>,
+        config_space: ConfigSpace,
+        frames_sent: u64,
+    ) -> Self {
+        let seen = Progress { vsock: (VsockState::Listening, 0, 0) };
+        Self { platform, volume, config_space, seen, frames_sent }
+    }
+
     fn progress(&mut self) -> Progress {
         let vsock = self.platform.vsock();
         Progress { vsock: (vsock.state(), vsock.readable(), vsock.unsent()) }
@@ -147,6 +160,17 @@ pub struct Machine<B: Backend> {
     has_work: AtomicBool,
     /// vCPUs that only another vCPU can wake.
     stuck: AtomicUsize,
+    /// What it is a clone of.
+    template: Option<Arc<Template<B>>>,
+}
+
+/// What a machine that stopped leaves to its template.
+pub struct Parts<B: Backend> {
+    pub(super) vcpus: Box<[VcpuCell<B>]>,
+    pub(super) router: InterruptRouter,
+    pub(super) pages: Pages<B::Entry>,
+    pub(super) size: Size,
+    pub(super) devices: Devices,
 }
 
 /// A machine's RAM, as devices and emulation see it.
@@ -232,6 +256,7 @@ impl<B: Backend> Machine<B> {
             is_over: AtomicBool::new(false),
             is_booting: AtomicBool::new(true),
             has_work: AtomicBool::new(false),
+            template: None,
         };
         if machine.map_config_space(pool) {
             Ok(machine)
@@ -239,6 +264,59 @@ impl<B: Backend> Machine<B> {
             machine.free(node);
             Err(CreateError::OutOfFrames)
         }
+    }
+
+    /// A clone.
+    pub(super) fn resumed(
+        vcpus: Box<[VcpuCell<B>]>,
+        router: InterruptRouter,
+        pages: Pages<B::Entry>,
+        size: Size,
+        devices: Devices,
+        stuck: usize,
+        template: Arc<Template<B>>,
+    ) -> Self {
+        Self {
+            vcpus,
+            router,
+            pages,
+            size,
+            devices: Mutex::new(devices),
+            end: Once::new(),
+            is_over: AtomicBool::new(false),
+            is_booting: AtomicBool::new(false),
+            has_work: AtomicBool::new(false),
+            stuck: AtomicUsize::new(stuck),
+            template: Some(template),
+        }
+    }
+
+    /// What it is made of, and what it is a clone of. No core has any of its vCPUs.
+    pub(super) fn into_parts(self) -> (Parts<B>, Option<Arc<Template<B>>>) {
+        let Self { vcpus, router, pages, size, devices, template, .. } = self;
+        (Parts { vcpus, router, pages, size, devices: devices.into_inner() }, template)
+    }
+
+    /// What it is a clone of.
+    pub fn template(&self) -> Option<&Arc<Template<B>>> {
+        self.template.as_ref()
+    }
+
+    /// Why it cannot be frozen now, if it cannot.
+    pub fn unrest(&self) -> Option<&'static str> {
+        let devices = self.devices.lock();
+        let volume = devices.volume.as_ref().and_then(Volume::unrest);
+        devices.platform.unrest().or(volume)
+    }
+
+    /// Whether all its vCPUs wait for something.
+    pub fn is_idle(&self) -> bool {
+        self.vcpus.iter().all(|cell| cell.place() == Place::Resting)
+    }
+
+    /// It was stopped, has not ended and goes on. No core has any of its vCPUs.
+    pub fn resume(&self) {
+        self.is_over.store(false, Ordering::SeqCst);
     }
 
     fn map_config_space(&mut self, pool: &FramePool) -> bool {
@@ -250,6 +328,9 @@ impl<B: Backend> Machine<B> {
     pub fn free(self, node: &Node<B>) {
         let pool = &node.pool;
         drop(self.vcpus);
+        if let Some(template) = &self.template {
+            template.learn(self.pages.copied_pages() as u64, self.pages.take_record());
+        }
         let Devices { config_space, volume, .. } = self.devices.into_inner();
         config_space.free(pool);
         // SAFETY: the vCPUs are gone, and only a template has clones.
@@ -258,6 +339,8 @@ impl<B: Backend> Machine<B> {
             let slabs = volume.into_slabs(&mut node.storage.lock().backing);
             slabs.for_each(|slab| pool.free_large(slab.into_frame()));
         }
+        // Last: until here its pages led to the template's.
+        drop(self.template);
     }
 
     /// Bytes of memory that are its own: RAM, nested page tables, and the changes on its disk.

@@ -17,6 +17,7 @@ mod run;
 mod schedule;
 pub mod settings;
 mod svm;
+mod template;
 mod vcpu;
 mod vmx;
 
@@ -26,10 +27,11 @@ use nestling_machine::vcpu::HostCpuid;
 pub use backend::Backend;
 pub use cores::Runner;
 pub use exit::ExitCounts;
-pub use fleet::{Fleet, MachineId};
+pub use fleet::{Fleet, MachineId, TemplateId};
 pub use machine::{CreateError, DiskSize, End, Size};
 pub use node::Node;
 pub use svm::Svm;
+pub use template::TemplateFigures;
 pub use vmx::Vmx;
 
 /// Whether the processor is one for [`Svm`]: it offers SVM, or is of a vendor whose processors would.

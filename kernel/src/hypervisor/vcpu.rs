@@ -164,6 +164,11 @@ impl<B: Backend> VcpuCell<B> {
         }
     }
 
+    /// Its state, where no core has it.
+    pub fn into_own(self) -> Own<B> {
+        self.own.into_inner()
+    }
+
     /// Where it stands.
     pub fn place(&self) -> Place {
         match self.place.load(Ordering::SeqCst) {

@@ -35,7 +35,8 @@ pub struct Signals {
 impl Clone for Inbox {
     /// What waits at this time; nobody posts and nobody takes meanwhile.
     fn clone(&self) -> Self {
-        let words = |words: &[AtomicU64; 4]| words.each_ref().map(|word| AtomicU64::new(word.load(Ordering::SeqCst)));
+        let words =
+            |words: &[AtomicU64; 4]| words.each_ref().map(|word| AtomicU64::new(word.load(Ordering::SeqCst)));
         Self {
             vectors: words(&self.vectors),
             level: words(&self.level),

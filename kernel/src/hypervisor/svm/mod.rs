@@ -138,7 +138,14 @@ impl Backend for Svm {
     }
 
     fn vcpu(&self, nested_root: u64, state: &VcpuState) -> SvmVcpu {
-        SvmVcpu::new(nested_root, state, self.next_asid(), self.nrip_save, self.pause_filter, Arc::clone(&self.maps))
+        SvmVcpu::new(
+            nested_root,
+            state,
+            self.next_asid(),
+            self.nrip_save,
+            self.pause_filter,
+            Arc::clone(&self.maps),
+        )
     }
 
     fn thaw(&self, nested_root: u64, snapshot: &vcpu::Snapshot) -> SvmVcpu {

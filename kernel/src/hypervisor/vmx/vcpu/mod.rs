@@ -25,11 +25,11 @@ use core::ops::RangeInclusive;
 use events::SHADOW;
 use nestling_machine::address::Vector;
 use nestling_machine::state::{ControlRegisters, CpuState, EFER_LMA, Exception, Gpr, Registers, VcpuState};
-pub use snapshot::Snapshot;
 use registers::{
     CR0_HOST_OWNED, CR0_NE, CR4_GUEST_OWNED, CR4_MCE, CR4_VMXE, CS, DS, ES, FS, GS, LDTR, SS, TR,
     access_rights, read_dr6, write_dr6,
 };
+pub use snapshot::Snapshot;
 use timer::Timer;
 use x86_64::registers::model_specific::Msr;
 

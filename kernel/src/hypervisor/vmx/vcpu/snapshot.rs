@@ -100,7 +100,9 @@ pub struct Snapshot {
 impl VmxVcpu {
     /// Takes a snapshot of a vCPU that was unloaded.
     pub(super) fn snapshot(&mut self) -> Snapshot {
-        for field in [&self.rip, &self.rsp, &self.rflags, &self.interruptibility, &self.cr0, &self.cr3, &self.cr4] {
+        for field in
+            [&self.rip, &self.rsp, &self.rflags, &self.interruptibility, &self.cr0, &self.cr3, &self.cr4]
+        {
             field.write_back(&self.vmcs);
         }
         // A field that this processor does not have, it does not need either.
@@ -124,7 +126,12 @@ impl VmxVcpu {
     }
 
     /// A vCPU that goes on where the snapshot was taken.
-    pub(in super::super) fn thaw(nested_root: u64, snapshot: &Snapshot, vpid: u16, shared: Arc<Shared>) -> Self {
+    pub(in super::super) fn thaw(
+        nested_root: u64,
+        snapshot: &Snapshot,
+        vpid: u16,
+        shared: Arc<Shared>,
+    ) -> Self {
         let mut vcpu = Self::new(nested_root, &VcpuState::default(), vpid, shared);
         for (field, value) in &snapshot.fields {
             vcpu.vmcs.write(*field, *value);
