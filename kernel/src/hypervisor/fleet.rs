@@ -205,7 +205,7 @@ impl<B: Backend> Fleet<B> {
         let is_clone =
             |machine: &Machine<B>| machine.template().is_some_and(|other| Arc::ptr_eq(other, template));
         let alive = self.machines.iter().filter(|(_, machine)| is_clone(machine)).count() as u64;
-        Some(template.figures(alive))
+        Some(template.figures(id.0, alive))
     }
 
     /// A digest of a template's memory: it never changes.
@@ -227,9 +227,19 @@ impl<B: Backend> Fleet<B> {
         })
     }
 
+    /// How many vCPUs a clone of a template has; `None` when there is no such template.
+    pub fn template_vcpus(&self, id: TemplateId) -> Option<usize> {
+        self.template(id).map(|template| template.size().vcpu_count as usize)
+    }
+
     /// Whether a clone of a template can be made now.
     pub fn fits_clone(&self, id: TemplateId) -> bool {
-        self.template(id).is_some_and(|template| self.fits(template.size()))
+        self.template(id).is_some_and(|template| {
+            let size = template.size();
+            let most = frames_needed(size);
+            let frames = self.clone_reserve_bytes.map_or(most, |reserve| most.min(reserve / SMALL_FRAME));
+            self.fits_frames(frames, scratch_needed(size))
+        })
     }
 
     /// Frames that machines may come to need, and those that templates have.
@@ -241,8 +251,7 @@ impl<B: Backend> Fleet<B> {
                 _ => most,
             }
         });
-        let templates =
-            self.templates.iter().map(|(_, template)| template.figures(0).shared_bytes / SMALL_FRAME);
+        let templates = self.templates.iter().map(|(_, template)| template.shared_bytes() / SMALL_FRAME);
         machines.chain(templates).sum()
     }
 
@@ -306,9 +315,12 @@ impl<B: Backend> Fleet<B> {
 
     /// Whether a machine of this size can be made now, with what others may still touch set aside for them.
     pub fn fits(&self, size: &Size) -> bool {
-        let scratch: u64 = self.machines.iter().map(|(_, machine)| scratch_needed(&machine.size)).sum();
-        self.committed() + frames_needed(size) <= self.frames().1 as u64
-            && scratch + scratch_needed(size) <= self.scratch_bytes()
+        self.fits_frames(frames_needed(size), scratch_needed(size))
+    }
+
+    fn fits_frames(&self, frames: u64, scratch: u64) -> bool {
+        let used: u64 = self.machines.iter().map(|(_, machine)| scratch_needed(&machine.size)).sum();
+        self.committed() + frames <= self.frames().1 as u64 && used + scratch <= self.scratch_bytes()
     }
 
     /// Whether a machine of this size can be made when nothing else runs.

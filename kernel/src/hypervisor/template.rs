@@ -56,6 +56,8 @@ struct Owned<B: Backend> {
 /// What a template costs and has brought.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct TemplateFigures {
+    /// The template's number.
+    pub number: u64,
     /// Bytes of memory that its clones share.
     pub shared_bytes: u64,
     /// Clones that exist.
@@ -102,7 +104,8 @@ impl<B: Backend> Template<B> {
         &self.size
     }
 
-    fn shared_bytes(&self) -> u64 {
+    /// Bytes of memory that its clones share.
+    pub fn shared_bytes(&self) -> u64 {
         self.owned.as_ref().map_or(0, |owned| {
             let slabs = owned.volume.as_ref().map_or(0, FrozenVolume::own_slabs) as u64;
             owned.pages.private_bytes() + slabs * LARGE_FRAME
@@ -110,8 +113,9 @@ impl<B: Backend> Template<B> {
     }
 
     /// See [`TemplateFigures`]. `alive` clones exist.
-    pub fn figures(&self, alive: u64) -> TemplateFigures {
+    pub fn figures(&self, number: u64, alive: u64) -> TemplateFigures {
         TemplateFigures {
+            number,
             shared_bytes: self.shared_bytes(),
             clones_alive: alive,
             clones_made: self.clones.load(Ordering::Relaxed),

@@ -14,22 +14,38 @@ use alloc::vec::Vec;
 use nestling_api::Clock;
 use nestling_api::jobs::{JobId, JobStore, QueuedJob};
 use nestling_api::time::MILLISECOND;
-use nestling_api::types::{MachineConfig, WaitingFor};
+use nestling_api::types::{self, MachineConfig, WaitingFor};
 
 use super::images::Image;
 use super::machines::{AgentLink, CreateError, DiskSpec, MachineSpec, Machines};
 use super::network::{self, MachineNetwork};
+use super::templates::{Key, Templates, Way, not_frozen};
 
 /// How many bytes are carried in one step.
 const CHUNK: usize = 32 * 1024;
 /// How often a running job's exit counts and memory are brought up to date.
 const FIGURES_INTERVAL_NS: u64 = 500 * MILLISECOND;
+/// How long a machine whose agent has connected may go on until it is idle; then it is frozen as it is, once its devices are at rest.
+const SETTLE_NS: u64 = 1000 * MILLISECOND;
+/// How long its devices may take to come to rest. Then the job goes on in the machine itself.
+const FREEZE_NS: u64 = 3000 * MILLISECOND;
+/// How often to look.
+const LOOK_NS: u64 = 5 * MILLISECOND;
 /// Frames of 4 KiB in a MiB.
 const FRAMES_PER_MIB: u64 = 256;
+
+/// A machine that is to become a template.
+struct Warming {
+    key: Key,
+    /// When its agent had connected, monotonic nanoseconds.
+    since: Option<u64>,
+}
 
 /// A job with its machine.
 struct Run<Id> {
     job: JobId,
+    /// The machine is to be frozen before the job begins.
+    warming: Option<Warming>,
     machine: Id,
     connected: bool,
     hung_up: bool,
@@ -37,16 +53,21 @@ struct Run<Id> {
 }
 
 /// The jobs that have machines.
-pub struct Engine<Id> {
+pub struct Engine<Id, T> {
     runs: Vec<Run<Id>>,
+    templates: Templates<T>,
     buffer: Box<[u8]>,
 }
 
-impl<Id: Copy> Engine<Id> {
-    /// No jobs.
+impl<Id: Copy, T: Copy + PartialEq> Engine<Id, T> {
+    /// No jobs, and no templates; without `with_templates` there never will be one.
     #[must_use]
-    pub fn new() -> Self {
-        Self { runs: Vec::new(), buffer: vec![0; CHUNK].into_boxed_slice() }
+    pub fn new(with_templates: bool) -> Self {
+        Self {
+            runs: Vec::new(),
+            templates: Templates::new(with_templates),
+            buffer: vec![0; CHUNK].into_boxed_slice(),
+        }
     }
 
     /// Jobs that have a machine now.
@@ -55,8 +76,21 @@ impl<Id: Copy> Engine<Id> {
         self.runs.len()
     }
 
+    /// The templates there are.
+    #[must_use]
+    pub fn templates<M: Machines<Id = Id, Template = T>>(&self, machines: &M) -> Vec<types::Template> {
+        self.templates.describe(machines)
+    }
+
+    /// When [`Self::poll`] next has something to do that nobody else tells of, monotonic nanoseconds.
+    #[must_use]
+    pub fn deadline(&self, now: Clock) -> Option<u64> {
+        let is_settling = |run: &Run<Id>| run.warming.as_ref().is_some_and(|warming| warming.since.is_some());
+        self.runs.iter().any(is_settling).then(|| now.monotonic_ns.saturating_add(LOOK_NS))
+    }
+
     /// Does all there is to do now.
-    pub fn poll<M: Machines<Id = Id>>(
+    pub fn poll<M: Machines<Id = Id, Template = T>>(
         &mut self,
         jobs: &mut JobStore,
         images: &[Image],
@@ -65,10 +99,13 @@ impl<Id: Copy> Engine<Id> {
         now: Clock,
     ) {
         jobs.poll(now);
-        let Self { runs, buffer } = self;
+        let Self { runs, templates, buffer } = self;
         runs.retain_mut(|run| {
+            run.warm(templates, jobs, machines, network, now);
             let machine = run.machine;
-            machines.with_agent(machine, |agent| run.carry(jobs, agent, buffer, now));
+            if run.warming.is_none() {
+                machines.with_agent(machine, |agent| run.carry(jobs, agent, buffer, now));
+            }
             if now.monotonic_ns >= run.figures_due {
                 run.figures_due = now.monotonic_ns.saturating_add(FIGURES_INTERVAL_NS);
                 let (exits, peak_mib) = machines.figures(run.machine);
@@ -77,9 +114,12 @@ impl<Id: Copy> Engine<Id> {
             // A machine that has ended by itself may have left output that a slow reader of the log does not
             // let through yet.
             let unread = machines.with_agent(run.machine, |agent| agent.readable());
-            let drained = unread.is_none_or(|bytes| bytes == 0);
+            let drained = unread.is_none_or(|bytes| bytes == 0) || run.warming.is_some();
             let over = jobs.finished(run.job) || (drained && machines.ended(run.machine).is_some());
             if over {
+                if let Some(warming) = run.warming.take() {
+                    templates.abandon(&warming.key);
+                }
                 network.remove(run.job);
                 let report = machines.destroy(run.machine);
                 log::debug!("job {}: machine ended: {:?}", run.job, report.end);
@@ -92,8 +132,8 @@ impl<Id: Copy> Engine<Id> {
                 jobs.waits_for(job.id, WaitingFor::Machines);
                 break;
             }
-            match create(&job, images, machines) {
-                Ok(machine) if jobs.start(job.id, now) => {
+            match make(&job, images, &mut self.templates, machines) {
+                Ok((machine, warming)) if jobs.start(job.id, now) => {
                     log::debug!(
                         "job {}: machine of {} MiB from image {}",
                         job.id,
@@ -101,15 +141,28 @@ impl<Id: Copy> Engine<Id> {
                         job.image
                     );
                     network.add(machine, job.id, job.egress);
+                    let warming = match warming {
+                        Origin::Clone => {
+                            jobs.cloned(job.id, now);
+                            None
+                        }
+                        Origin::Boot => None,
+                        Origin::BootAndFreeze(key) => {
+                            self.templates.begin(&key).then_some(Warming { key, since: None })
+                        }
+                    };
                     self.runs.push(Run {
                         job: job.id,
+                        warming,
                         machine,
                         connected: false,
                         hung_up: false,
                         figures_due: now.monotonic_ns,
                     });
                 }
-                Ok(machine) => drop(machines.destroy(machine)),
+                Ok((machine, _)) => drop(machines.destroy(machine)),
+                // What nobody uses goes before anybody waits.
+                Err(CreateError::Busy(WaitingFor::Memory)) if self.templates.evict(machines) => {}
                 // Another machine's end makes room.
                 Err(CreateError::Busy(what)) if !self.runs.is_empty() => {
                     jobs.waits_for(job.id, what);
@@ -129,7 +182,95 @@ impl<Id: Copy> Engine<Id> {
     }
 }
 
+/// Where a job's machine came from.
+enum Origin {
+    Clone,
+    Boot,
+    BootAndFreeze(Key),
+}
+
+/// A machine for a job: a clone, or one that boots.
+fn make<M: Machines>(
+    job: &QueuedJob,
+    images: &[Image],
+    templates: &mut Templates<M::Template>,
+    machines: &mut M,
+) -> Result<(M::Id, Origin), CreateError> {
+    let key = images.iter().find(|image| image.name == job.image).filter(|_| !job.cold);
+    let Some(key) = key.map(|image| Key::new(image, job.machine_config)) else {
+        return Ok((create(job, images, machines)?, Origin::Boot));
+    };
+    match templates.choose(&key) {
+        Way::Clone(template) => Ok((machines.clone_template(template)?, Origin::Clone)),
+        Way::Boot => Ok((create(job, images, machines)?, Origin::Boot)),
+        Way::BootAndFreeze => Ok((create(job, images, machines)?, Origin::BootAndFreeze(key))),
+    }
+}
+
 impl<Id: Copy> Run<Id> {
+    /// Freezes the machine when it is ready for that, and gives the job a clone of it.
+    fn warm<M: Machines<Id = Id>>(
+        &mut self,
+        templates: &mut Templates<M::Template>,
+        jobs: &mut JobStore,
+        machines: &mut M,
+        network: &mut MachineNetwork<Id>,
+        now: Clock,
+    ) {
+        let Some(warming) = &mut self.warming else { return };
+        if jobs.finished(self.job) {
+            return;
+        }
+        // What the agent says first stays unread: each clone's job hears it.
+        let has_spoken = machines.with_agent(self.machine, |agent| {
+            agent.has_connected() && (agent.readable() > 0 || agent.has_finished())
+        });
+        if has_spoken != Some(true) {
+            return;
+        }
+        let since = *warming.since.get_or_insert(now.monotonic_ns);
+        let waited = now.monotonic_ns.saturating_sub(since);
+        if !machines.is_idle(self.machine) && waited < SETTLE_NS {
+            return;
+        }
+        let outcome = if machines.fits_beside_template(self.machine) {
+            machines.freeze(self.machine)
+        } else {
+            Err("the node has too little memory for a template and a machine")
+        };
+        let key = warming.key.clone();
+        match outcome {
+            Ok(template) => {
+                self.warming = None;
+                network.remove(self.job);
+                match machines.clone_template(template) {
+                    Ok(machine) => {
+                        self.machine = machine;
+                        network.add(machine, self.job, jobs.egress(self.job));
+                        jobs.cloned(self.job, now);
+                        templates.ready(&key, template);
+                        templates.keep_budget(machines);
+                    }
+                    Err(_) => {
+                        machines.drop_template(template);
+                        templates.refuse(&key);
+                        jobs.fail(
+                            self.job,
+                            "the node has too little memory for a clone of its template",
+                            now,
+                        );
+                    }
+                }
+            }
+            Err(_) if waited < FREEZE_NS => {}
+            Err(reason) => {
+                log::warn!("{}", not_frozen(key.image(), reason));
+                templates.refuse(&key);
+                self.warming = None;
+            }
+        }
+    }
+
     /// Moves bytes both ways for as long as both sides take them.
     fn carry(&mut self, jobs: &mut JobStore, agent: &mut dyn AgentLink, buffer: &mut [u8], now: Clock) {
         if !self.connected && agent.has_connected() {

@@ -33,10 +33,12 @@ pub struct Settings {
     pub addressing: Addressing,
     /// Who resolves names for the machines; empty: whom DHCP names.
     pub dns_servers: Vec<SocketAddrV4>,
+    /// Whether jobs get clones of templates.
+    pub templates: bool,
 }
 
 impl Settings {
-    /// Reads `name=`, `port=`, `token=` or `auth=off`, `ip=`, `gateway=` and `dns=`. Other words are other modules'
+    /// Reads `name=`, `port=`, `token=` or `auth=off`, `ip=`, `gateway=`, `dns=` and `templates=`. Other words are other modules'
     /// business.
     ///
     /// # Errors
@@ -75,7 +77,12 @@ impl Settings {
         if name.is_empty() || name.len() > MAX_NAME_BYTES {
             return Err(format!("name={name} must have 1 to {MAX_NAME_BYTES} characters"));
         }
-        Ok(Self { name: name.to_string(), port, token, addressing, dns_servers })
+        let templates = match line.value("templates") {
+            None | Some("on") => true,
+            Some("off") => false,
+            Some(other) => return Err(format!("templates={other} is neither on nor off")),
+        };
+        Ok(Self { name: name.to_string(), port, token, addressing, dns_servers, templates })
     }
 }
 
@@ -131,6 +138,7 @@ mod tests {
             ("auth=off dns=9.9.9.9,x", "dns=9.9.9.9,x is not"),
             ("auth=off dns=1.1.1.1,2.2.2.2,3.3.3.3,4.4.4.4", "at most 3"),
             ("auth=off name=", "1 to 64"),
+            ("auth=off templates=none", "neither on nor off"),
         ];
         for (line, part) in cases {
             let Err(message) = read(line) else { panic!("{line} was taken") };
