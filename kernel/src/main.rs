@@ -119,7 +119,10 @@ fn start_cores<B: Backend>(
 }
 
 /// The main loop: what came in is handled, then machines run until something else comes.
-fn serve<B: Backend>(mut service: Service<hypervisor::MachineId, hypervisor::TemplateId>, mut fleet: Fleet<B>) -> ! {
+fn serve<B: Backend>(
+    mut service: Service<hypervisor::MachineId, hypervisor::TemplateId>,
+    mut fleet: Fleet<B>,
+) -> ! {
     loop {
         // Before the poll: what interrupts during it is for the next one.
         cpu::interrupts::take_device();

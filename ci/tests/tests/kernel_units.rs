@@ -218,10 +218,12 @@ fn an_exit_that_was_a_ram_fault_is_counted_once() {
 fn the_command_line_bounds_cores_and_vcpus_and_what_is_no_number_is_refused() {
     use hypervisor::settings::Settings;
     let read = |line| Settings::read(&CommandLine::new(line));
-    let usual = Settings { cores: usize::MAX, vcpus_per_core: 4, clone_reserve_bytes: None };
+    let usual =
+        Settings { cores: usize::MAX, vcpus_per_core: 4, clone_reserve_bytes: None, check_templates: false };
     assert_eq!(read("log=info"), Ok(usual));
     assert_eq!(read("cores=2 vcpus_per_core=64"), Ok(Settings { cores: 2, vcpus_per_core: 64, ..usual }));
     assert_eq!(read("clone_reserve_mib=8"), Ok(Settings { clone_reserve_bytes: Some(8 << 20), ..usual }));
+    assert_eq!(read("check_templates=on"), Ok(Settings { check_templates: true, ..usual }));
     for line in [
         "cores=0",
         "cores=",

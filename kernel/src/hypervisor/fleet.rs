@@ -3,11 +3,12 @@
 use super::backend::Backend;
 use super::cores::Runner;
 use super::exit::ExitCounts;
+use super::figures::TemplateFigures;
 use super::machine::{CreateError, End, Machine, Size};
 use super::node::Node;
 use super::schedule;
 use super::settings::Settings;
-use super::template::{Template, TemplateFigures};
+use super::template::Template;
 use super::vcpu::{VcpuCell, VcpuRef};
 use crate::cpu::clock;
 use crate::memory::frames::{LARGE_FRAME, SMALL_FRAME, SMALL_PER_LARGE};
@@ -59,6 +60,8 @@ pub struct Fleet<B: Backend> {
     templates: Vec<(TemplateId, Arc<Template<B>>)>,
     /// See [`super::settings::Settings::clone_reserve_bytes`].
     clone_reserve_bytes: Option<u64>,
+    /// See [`super::settings::Settings::check_templates`].
+    check_templates: bool,
     next: u64,
     /// Exits of machines that are gone.
     past_exits: ExitCounts,
@@ -79,6 +82,7 @@ impl<B: Backend> Fleet<B> {
             machines: Vec::new(),
             templates: Vec::new(),
             clone_reserve_bytes: settings.clone_reserve_bytes,
+            check_templates: settings.check_templates,
             next: 1,
             past_exits: ExitCounts::default(),
             past_accesses: 0,
@@ -141,7 +145,11 @@ impl<B: Backend> Fleet<B> {
         };
         self.past_exits.add(&remains.exits);
         self.past_accesses += accesses(&machine);
+        let template = machine.template().filter(|_| self.check_templates).cloned();
         machine.free(self.node);
+        if let Some(template) = template {
+            template.check();
+        }
         Some(remains)
     }
 
@@ -169,7 +177,7 @@ impl<B: Backend> Fleet<B> {
         self.past_accesses += accesses(&machine);
         let template = TemplateId(self.next);
         self.next += 1;
-        self.templates.push((template, Arc::new(Template::new(machine, self.node))));
+        self.templates.push((template, Arc::new(Template::new(machine, self.node, self.check_templates))));
         Ok(template)
     }
 
@@ -206,11 +214,6 @@ impl<B: Backend> Fleet<B> {
             |machine: &Machine<B>| machine.template().is_some_and(|other| Arc::ptr_eq(other, template));
         let alive = self.machines.iter().filter(|(_, machine)| is_clone(machine)).count() as u64;
         Some(template.figures(id.0, alive))
-    }
-
-    /// A digest of a template's memory: it never changes.
-    pub fn template_digest(&self, id: TemplateId) -> Option<u64> {
-        self.template(id).map(|template| template.digest())
     }
 
     /// Whether a machine waits for something on all its vCPUs, so that it is worth being frozen.

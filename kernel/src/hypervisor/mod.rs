@@ -5,6 +5,7 @@ mod config_space;
 mod cores;
 mod disk;
 mod exit;
+mod figures;
 mod fleet;
 mod handle;
 mod machine;
@@ -27,11 +28,11 @@ use nestling_machine::vcpu::HostCpuid;
 pub use backend::Backend;
 pub use cores::Runner;
 pub use exit::ExitCounts;
+pub use figures::TemplateFigures;
 pub use fleet::{Fleet, MachineId, TemplateId};
 pub use machine::{CreateError, DiskSize, End, Size};
 pub use node::Node;
 pub use svm::Svm;
-pub use template::TemplateFigures;
 pub use vmx::Vmx;
 
 /// Whether the processor is one for [`Svm`]: it offers SVM, or is of a vendor whose processors would.

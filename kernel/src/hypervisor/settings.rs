@@ -21,10 +21,12 @@ pub struct Settings {
     /// How much more memory than it has a clone may count on. `None`: as much as its size says, so that nothing that runs can ever fail for want
     /// of memory. With a number more clones fit, and one that meets an empty pool is ended.
     pub clone_reserve_bytes: Option<u64>,
+    /// Whether each clone's end is followed by a look at every byte of its template, which must not have changed.
+    pub check_templates: bool,
 }
 
 impl Settings {
-    /// Reads `cores=`, `vcpus_per_core=` and `clone_reserve_mib=`. Other words are other modules' business.
+    /// Reads `cores=`, `vcpus_per_core=`, `clone_reserve_mib=` and `check_templates=`. Other words are other modules' business.
     ///
     /// # Errors
     /// A message that names the word and what it should be.
@@ -36,7 +38,12 @@ impl Settings {
             number(line, "clone_reserve_mib", 0, CLONE_RESERVE_MAX_MIB, "a number of MiB, 1 to 1048576")
         });
         let clone_reserve_bytes = reserve.transpose()?.map(|mib| (mib as u64) << 20);
-        Ok(Self { cores, vcpus_per_core, clone_reserve_bytes })
+        let check_templates = match line.value("check_templates") {
+            None | Some("off") => false,
+            Some("on") => true,
+            Some(other) => return Err(format!("check_templates={other} is neither on nor off")),
+        };
+        Ok(Self { cores, vcpus_per_core, clone_reserve_bytes, check_templates })
     }
 }
 

@@ -6,6 +6,7 @@
 
 use super::backend::Backend;
 use super::config_space::ConfigSpace;
+use super::figures::TemplateFigures;
 use super::machine::{CreateError, Devices, Machine, Size};
 use super::node::Node;
 use super::pages::Pages;
@@ -44,6 +45,7 @@ pub struct Template<B: Backend> {
     clones: AtomicU64,
     faults: AtomicU64,
     faults_first: AtomicU64,
+    digest: Option<u64>,
 }
 
 /// What goes back to the node.
@@ -53,32 +55,13 @@ struct Owned<B: Backend> {
     volume: Option<FrozenVolume<PrivateFrame>>,
 }
 
-/// What a template costs and has brought.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct TemplateFigures {
-    /// The template's number.
-    pub number: u64,
-    /// Bytes of memory that its clones share.
-    pub shared_bytes: u64,
-    /// Clones that exist.
-    pub clones_alive: u64,
-    /// Clones ever made.
-    pub clones_made: u64,
-    /// Pages that are copied before a clone runs.
-    pub working_set_pages: u64,
-    /// Pages that the first clone copied, each with an exit.
-    pub first_faults: u64,
-    /// Pages that all later clones that have ended copied so, together.
-    pub later_faults: u64,
-}
-
 impl<B: Backend> Template<B> {
-    /// Freezes a machine that is on no core.
-    pub fn new(machine: Machine<B>, node: &'static Node<B>) -> Self {
+    /// Freezes a machine that is on no core; `with_digest`, for [`Self::check`].
+    pub fn new(machine: Machine<B>, node: &'static Node<B>, with_digest: bool) -> Self {
         let frozen_at = clock::tsc();
         let (parts, parent) = machine.into_parts();
         let Devices { platform, volume, config_space, frames_sent, .. } = parts.devices;
-        Self {
+        let mut template = Self {
             node,
             size: parts.size,
             vcpus: parts.vcpus.into_vec().into_iter().map(|cell| cell.into_own().freeze()).collect(),
@@ -96,7 +79,12 @@ impl<B: Backend> Template<B> {
             clones: AtomicU64::new(0),
             faults: AtomicU64::new(0),
             faults_first: AtomicU64::new(0),
+            digest: None,
+        };
+        if with_digest {
+            template.digest = template.digest_now();
         }
+        template
     }
 
     /// What its clones get of the node.
@@ -125,9 +113,18 @@ impl<B: Backend> Template<B> {
         }
     }
 
-    /// A digest of all memory that is shared.
-    pub fn digest(&self) -> u64 {
-        self.owned.as_ref().map_or(0, |owned| owned.pages.digest())
+    fn digest_now(&self) -> Option<u64> {
+        self.owned.as_ref().map(|owned| owned.pages.digest())
+    }
+
+    /// Looks whether every byte that is shared is as it was, if that was noted.
+    pub fn check(&self) {
+        let (Some(before), Some(now)) = (self.digest, self.digest_now()) else { return };
+        if before == now {
+            log::info!("template unchanged, digest {now:016x}");
+        } else {
+            log::error!("template changed: digest {before:016x} became {now:016x}");
+        }
     }
 
     /// Makes a clone, which is on no core yet. No vCPU is loaded on this one.

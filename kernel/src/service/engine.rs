@@ -347,7 +347,7 @@ mod tests {
     use nestling_api::types::{Conclusion, Status};
 
     struct Bench {
-        engine: Engine<u32>,
+        engine: Engine<u32, u32>,
         jobs: JobStore,
         machines: FakeMachines,
         network: MachineNetwork<u32>,
@@ -358,12 +358,24 @@ mod tests {
         fn new() -> Self {
             let jobs = JobStore::new(Limits::default());
             Self {
-                engine: Engine::new(),
+                engine: Engine::new(false),
                 jobs,
                 machines: FakeMachines::default(),
                 network: MachineNetwork::new([1; 32]),
                 images: vec![image("minimal")],
             }
+        }
+
+        fn with_templates() -> Self {
+            let machines = FakeMachines { limit: 4, ..FakeMachines::default() };
+            Self { engine: Engine::new(true), machines, ..Self::new() }
+        }
+
+        /// The job's machine runs it to its end.
+        fn finish(&mut self, machine: u32, ms: u64) {
+            self.say(machine, &AgentMessage::StepStarted(StepStarted { index: 0 }));
+            self.say(machine, &completed(0));
+            self.poll(ms);
         }
 
         fn poll(&mut self, ms: u64) {
@@ -527,5 +539,113 @@ mod tests {
         bench.poll(1);
         assert_eq!(bench.jobs.get(id).unwrap().conclusion, Some(Conclusion::Cancelled));
         assert!(bench.machines.alive.is_empty());
+    }
+
+    #[test]
+    fn the_first_machine_becomes_a_template_whose_clones_take_the_jobs_on_from_the_agents_hello() {
+        let mut bench = Bench::with_templates();
+        let first = queue_job(&mut bench.jobs, 1);
+        bench.poll(0);
+        bench.poll(5);
+        assert!(bench.machines.templates.is_empty(), "nobody has connected");
+        bench.hello(1);
+        bench.poll(10);
+        assert_eq!((bench.machines.templates.len(), bench.machines.alive.len()), (1, 1));
+        bench.poll(11);
+        let timings = bench.jobs.get(first).unwrap().timings;
+        assert_eq!(
+            (timings.queued_ms, timings.cloned_ms, timings.agent_ready_ms),
+            (Some(0), Some(10), Some(11))
+        );
+        let second = queue_job(&mut bench.jobs, 2);
+        bench.poll(20);
+        bench.poll(21);
+        assert_eq!((bench.machines.clones[&2], bench.machines.clones[&3]), (1, 1));
+        bench.finish(2, 22);
+        bench.finish(3, 23);
+        for job in [first, second] {
+            assert_eq!(bench.jobs.get(job).unwrap().conclusion, Some(Conclusion::Success));
+        }
+        assert!(bench.machines.alive.is_empty() && bench.machines.templates.len() == 1);
+    }
+
+    #[test]
+    fn a_machine_that_does_not_come_to_rest_is_the_jobs_own_and_the_next_ones_boot() {
+        let mut bench = Bench::with_templates();
+        bench.machines.unrest = Some("the disk has requests");
+        let first = queue_job(&mut bench.jobs, 1);
+        bench.poll(0);
+        bench.hello(1);
+        bench.poll(1);
+        bench.poll(2000);
+        assert!(bench.machines.alive[&1].from_node.is_empty(), "it still may");
+        bench.poll(3100);
+        bench.poll(3101);
+        bench.finish(1, 3102);
+        let job = bench.jobs.get(first).unwrap();
+        assert_eq!((job.conclusion, job.timings.cloned_ms), (Some(Conclusion::Success), None));
+        bench.machines.unrest = None;
+        queue_job(&mut bench.jobs, 2);
+        bench.poll(3200);
+        bench.hello(2);
+        bench.poll(3201);
+        assert!(bench.machines.templates.is_empty());
+    }
+
+    #[test]
+    fn a_busy_machine_is_given_a_while_to_settle_and_then_frozen_all_the_same() {
+        let mut bench = Bench::with_templates();
+        bench.machines.busy = true;
+        queue_job(&mut bench.jobs, 1);
+        bench.poll(0);
+        bench.hello(1);
+        bench.poll(1);
+        assert!(bench.machines.templates.is_empty() && bench.engine.deadline(at(1)).is_some());
+        bench.poll(1100);
+        assert_eq!(bench.machines.templates.len(), 1);
+        assert_eq!(bench.engine.deadline(at(1100)), None);
+    }
+
+    #[test]
+    fn a_job_that_ends_while_its_machine_boots_leaves_no_template_and_no_trace_of_one() {
+        let mut bench = Bench::with_templates();
+        let id = queue_job(&mut bench.jobs, 1);
+        bench.poll(0);
+        bench.jobs.cancel(id, at(1)).unwrap();
+        bench.poll(1);
+        assert!(bench.machines.alive.is_empty());
+        queue_job(&mut bench.jobs, 2);
+        bench.poll(2);
+        bench.hello(2);
+        bench.poll(3);
+        assert_eq!(bench.machines.templates.len(), 1, "the next one makes it");
+    }
+
+    #[test]
+    fn templates_nobody_uses_go_when_a_machine_needs_their_memory_or_others_their_budget() {
+        let mut bench = Bench::with_templates();
+        bench.images.push(image("other"));
+        bench.images[1].sha256.insert("kernel".into(), "1".into());
+        queue_job(&mut bench.jobs, 1);
+        bench.poll(0);
+        bench.hello(1);
+        bench.poll(1);
+        bench.poll(2);
+        bench.finish(2, 3);
+        assert_eq!(bench.machines.templates.len(), 1);
+        // Another digest of the same image is another template: together they are over the budget.
+        bench.images[0].sha256.insert("kernel".into(), "2".into());
+        queue_job(&mut bench.jobs, 2);
+        bench.poll(4);
+        bench.hello(3);
+        bench.poll(5);
+        bench.poll(6);
+        assert_eq!(bench.machines.templates.keys().copied().collect::<Vec<_>>(), [3]);
+        bench.finish(4, 7);
+        bench.machines.refuse = Some(CreateError::Busy(WaitingFor::Memory));
+        let refused = queue_job(&mut bench.jobs, 3);
+        bench.poll(8);
+        assert!(bench.machines.templates.is_empty());
+        assert_eq!(bench.jobs.get(refused).unwrap().conclusion, Some(Conclusion::SystemFailure));
     }
 }
