@@ -12,7 +12,7 @@ use super::node::Node;
 use super::pages::Pages;
 use super::vcpu::{FrozenVcpu, VcpuCell};
 use crate::cpu::clock;
-use crate::memory::frames::{LARGE_FRAME, PrivateFrame};
+use crate::memory::frames::{LARGE_FRAME, PrivateFrame, SMALL_FRAME};
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -24,8 +24,10 @@ use spin::Mutex;
 
 /// From this many clones on, what they copy is no longer recorded.
 const RECORDED_CLONES: u64 = 1;
-/// The most pages that are copied before a clone is entered: 256 KiB, half of what an idle clone may cost.
-const WORKING_SET_MAX: usize = 64;
+/// Pages are copied before a clone is entered until it has this much of its own, tables included: three quarters of what an idle clone may cost.
+const WORKING_SET_BYTES: u64 = 384 << 10;
+/// The most pages that are kept for that.
+const WORKING_SET_MAX: usize = (WORKING_SET_BYTES / SMALL_FRAME) as usize;
 
 /// A frozen machine.
 pub struct Template<B: Backend> {
@@ -140,6 +142,9 @@ impl<B: Backend> Template<B> {
             pages.start_record();
         }
         for page in self.working_set.lock().iter() {
+            if pages.private_bytes() >= WORKING_SET_BYTES {
+                break;
+            }
             // What cannot be copied now can be when it is needed, or the machine ends then.
             let _ = pages.copy_ahead(*page, pool);
         }
@@ -167,8 +172,8 @@ impl<B: Backend> Template<B> {
         let mut working_set = self.working_set.lock();
         if working_set.is_empty() {
             *working_set = record;
+            // In the order they were needed: the first are needed by the shortest job.
             working_set.truncate(WORKING_SET_MAX);
-            working_set.sort_unstable();
         }
     }
 }

@@ -1,14 +1,20 @@
 //! Jobs in clones of a template.
 
-use nestling::bed::{Bed, RunningBed};
+use nestling::bed::{Bed, BedBuilder, RunningBed};
+use nestling::client::Streams;
 use nestling::client::types::{Conclusion, JobRequest, MachineConfig, Template};
-use nestling_tests::job::{job, run};
-use nestling_tests::node::ready;
+use nestling_tests::disk::{NAME, bundle, drive, file_system};
+use nestling_tests::job::{create, job, run, wait, wait_until};
+use nestling_tests::node::{memory, ready};
 
 fn template(node: &RunningBed) -> Template {
     let list = node.client().templates().unwrap();
     assert_eq!(list.total_count, 1, "{list:?}");
     list.templates.into_iter().next().unwrap()
+}
+
+fn log(node: &RunningBed, id: &str) -> String {
+    String::from_utf8(node.client().log(id, Streams::Stdout).unwrap()).unwrap()
 }
 
 #[test]
@@ -34,4 +40,92 @@ fn the_first_job_makes_a_template_and_the_next_begins_in_a_clone_of_it() {
     };
     assert_eq!(&*run(&node, &other).stdout, b"other\n");
     assert_eq!(node.client().templates().unwrap().total_count, 2, "one for each shape");
+}
+
+/// A node that looks at every byte of a template when a clone has ended.
+fn checked() -> BedBuilder {
+    Bed::builder().append("check_templates=on")
+}
+
+#[test]
+fn clones_see_neither_each_others_memory_nor_their_templates_and_leave_nothing_behind() {
+    let node = ready(checked());
+    assert_eq!(run(&node, &job("true")).job.conclusion, Some(Conclusion::Success));
+    let with_template = memory(&node).free_frames;
+    // Files in memory, and 24 MiB that the template never had.
+    let script = |word: &str| {
+        format!(
+            "ls /tmp; echo {word} > /tmp/word; head -c 25165824 /dev/zero | tr '\\0' {letter} > /tmp/much; sleep 1; cat /tmp/word; \
+             tr -d {letter} < /tmp/much | wc -c",
+            letter = &word[..1]
+        )
+    };
+    let jobs = ["one", "two", "three"].map(|word| (word, create(&node, &job(&script(word))).id));
+    for (word, id) in jobs {
+        let job = wait(&node, &id);
+        assert_eq!(job.conclusion, Some(Conclusion::Success), "{job:?}");
+        assert_eq!(log(&node, &id), format!("{word}\n0\n"));
+        assert!(job.memory.peak_mib.unwrap() >= 24, "{:?}", job.memory);
+    }
+    assert_eq!(memory(&node).free_frames, with_template);
+    let log = node.serial_log();
+    assert_eq!(log.matches("template unchanged").count(), 4, "{log}");
+    assert!(!log.contains("template changed"), "{log}");
+    assert_eq!(template(&node).clones_alive, 0);
+}
+
+#[test]
+fn clones_of_several_vcpus_go_on_with_all_of_them_on_any_core() {
+    let node = ready(checked().cores(2));
+    let request = |script: &str| JobRequest {
+        machine_config: Some(MachineConfig { vcpu_count: 2, ..MachineConfig::default() }),
+        ..job(script)
+    };
+    let script = "nproc; for i in 1 2 3 4; do (n=0; while [ $n -lt 3000 ]; do n=$((n+1)); done; echo $n > /tmp/$i) & done; wait; cat /tmp/[1-4]";
+    for _ in 0..3 {
+        let finished = run(&node, &request(script));
+        assert_eq!(String::from_utf8_lossy(&finished.stdout), "2\n3000\n3000\n3000\n3000\n", "{finished:?}");
+        assert!(finished.job.timings.cloned_ms.is_some());
+    }
+    assert_eq!(template(&node).clones_made, 3);
+}
+
+#[test]
+fn twenty_clones_at_once_do_their_work() {
+    let node = ready(checked().cores(2).append("vcpus_per_core=16 clone_reserve_mib=16"));
+    run(&node, &job("true"));
+    let before = memory(&node).free_frames;
+    let jobs: Vec<_> =
+        (0..20).map(|number| create(&node, &job(&format!("echo {number}; sleep 3"))).id).collect();
+    wait_until(&node, &jobs[19], |job| job.timings.first_output_ms.is_some());
+    let figures = template(&node);
+    assert!(figures.clones_alive >= 10, "{figures:?}");
+    for (number, id) in jobs.iter().enumerate() {
+        assert_eq!(wait(&node, id).conclusion, Some(Conclusion::Success));
+        assert_eq!(log(&node, id), format!("{number}\n"));
+    }
+    assert_eq!(memory(&node).free_frames, before);
+    assert!(!node.serial_log().contains("template changed"));
+}
+
+#[test]
+fn clones_write_to_their_own_disks() {
+    let path = std::env::temp_dir().join(format!("nestling-clones-{}.tar", std::process::id()));
+    let minimal = nestling::image::find(None).unwrap_or_else(|error| panic!("{error}"));
+    let store = bundle(&path, &minimal, &file_system(16, 2), 64);
+    let node = ready(checked().no_image().qemu_args(drive(&store)));
+    let script = |word: &str| JobRequest {
+        image: Some(NAME.into()),
+        ..job(&format!(
+            "mount -t ext4 /dev/vda /mnt; ls /mnt | grep -c mark || true; echo {word} > /mnt/mark-{word}; sync; \
+             head -c 8388608 /dev/urandom > /mnt/much; sync; sleep 1; echo 3 > /proc/sys/vm/drop_caches; ls /mnt | grep mark; cat /mnt/mark-*"
+        ))
+    };
+    run(&node, &script("first"));
+    let jobs = ["one", "two"].map(|word| (word, create(&node, &script(word)).id));
+    for (word, id) in jobs {
+        let job = wait(&node, &id);
+        assert!(job.timings.cloned_ms.is_some());
+        assert_eq!(log(&node, &id), format!("0\nmark-{word}\n{word}\n"), "{job:?}");
+    }
 }
