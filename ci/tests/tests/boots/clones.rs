@@ -142,13 +142,22 @@ fn figures() {
         let firsts: Vec<_> = (0..12).map(|_| run(&node, &request("echo hi")).job).collect();
         let timings: Vec<_> = firsts.iter().map(|job| job.timings.first_output_ms.unwrap()).collect();
         let exits: Vec<_> = firsts.iter().map(|job| job.exits["ram_fault"]).collect();
-        println!("{mem_size_mib} MiB: first output {timings:?} ms, ram faults {exits:?}, {:?}", template(&node));
+        println!(
+            "{mem_size_mib} MiB: first output {timings:?} ms, ram faults {exits:?}, {:?}",
+            template(&node)
+        );
         let idle = memory(&node);
         let job = create(&node, &request("sleep 5"));
         wait_until(&node, &job.id, |job| job.timings.agent_ready_ms.is_some());
         let busy = memory(&node);
-        println!("a clone in sleep: {} KiB, heap {} KiB", (idle.free_frames - busy.free_frames) * 4, busy.heap_used_bytes.saturating_sub(idle.heap_used_bytes) >> 10);
+        println!(
+            "a clone in sleep: {} KiB, heap {} KiB",
+            (idle.free_frames - busy.free_frames) * 4,
+            busy.heap_used_bytes.saturating_sub(idle.heap_used_bytes) >> 10
+        );
         let log = node.serial_log();
-        log.lines().filter(|line| line.contains("clone:") || line.contains("tsc")).for_each(|line| println!("{line}"));
+        log.lines()
+            .filter(|line| line.contains("clone:") || line.contains("tsc"))
+            .for_each(|line| println!("{line}"));
     }
 }

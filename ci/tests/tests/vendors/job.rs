@@ -3,7 +3,7 @@
 use crate::node;
 use nestling::client::types::{Conclusion, Condition, StepConclusion};
 use nestling::client::{Finished, LogFrame, Streams};
-use nestling_tests::job::{run, step, step_if, steps};
+use nestling_tests::job::{run, step, step_if, steps, warm_up};
 use nestling_tests::node::{bed_kind, memory};
 use std::sync::{Mutex, OnceLock};
 
@@ -38,6 +38,8 @@ fn finished() -> &'static (Finished, u64, u64) {
         request.env = [("LC_ALL".into(), "C".into())].into();
         let node = node();
         let _alone = ALONE.lock();
+        // The job's machine is a clone then.
+        warm_up(node, &request);
         let before = memory(node).free_frames;
         let finished = run(node, &request);
         let after = memory(node).free_frames;
@@ -52,6 +54,7 @@ fn the_same_job_gives_the_same_result_and_log() {
         OUTPUT.iter().filter(|(to, _)| *to == stream).map(|(_, text)| *text).collect()
     };
     let job = &finished.job;
+    assert!(job.timings.cloned_ms.is_some(), "{:?}", job.timings);
     assert_eq!((job.conclusion, job.exit_code), (Some(Conclusion::Failure), Some(7)), "{job:?}");
     assert_eq!(String::from_utf8_lossy(&finished.stdout), of("stdout"));
     assert_eq!(String::from_utf8_lossy(&finished.stderr), of("stderr"));
