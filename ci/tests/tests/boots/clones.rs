@@ -130,11 +130,14 @@ fn clones_write_to_their_own_disks() {
     }
 }
 
+/// With `-icount` a tick of the time-stamp counter is an instruction.
 #[test]
 #[ignore = "prints figures"]
 fn figures() {
-    for mem_size_mib in [256, 512, 1024] {
-        let node = ready(Bed::builder().memory_mib(3072).append("log=debug"));
+    for (mem_size_mib, counts) in [(256, true), (1024, true), (256, false), (1024, false)] {
+        let count: &[&str] = if counts { &["-icount", "shift=0"] } else { &[] };
+        let bed = Bed::builder().memory_mib(3072).append("log=debug").qemu_args(count.iter().copied());
+        let node = ready(bed);
         let request = |script: &str| JobRequest {
             machine_config: Some(MachineConfig { mem_size_mib, ..MachineConfig::default() }),
             ..job(script)
