@@ -4,7 +4,7 @@ use nestling::bed::{Bed, BedBuilder, RunningBed};
 use nestling::client::Streams;
 use nestling::client::types::{Conclusion, JobRequest, MachineConfig, Template};
 use nestling_tests::disk::{NAME, bundle, drive, file_system};
-use nestling_tests::job::{create, job, run, wait, wait_until};
+use nestling_tests::job::{create, job, run, wait, wait_until, warm_up};
 use nestling_tests::node::{memory, ready};
 
 fn template(node: &RunningBed) -> Template {
@@ -128,6 +128,41 @@ fn clones_write_to_their_own_disks() {
         assert!(job.timings.cloned_ms.is_some());
         assert_eq!(log(&node, &id), format!("0\nmark-{word}\n{word}\n"), "{job:?}");
     }
+}
+
+#[test]
+fn a_hundred_clones_of_512_mib_are_there_at_once_on_a_node_of_2_gib() {
+    let append = "vcpus_per_core=64 clone_reserve_mib=8";
+    let node = ready(Bed::builder().memory_mib(2048).cores(2).append(append));
+    let request = |script: &str| JobRequest {
+        machine_config: Some(MachineConfig { mem_size_mib: 512, ..MachineConfig::default() }),
+        ..job(script)
+    };
+    warm_up(&node, &request("true"));
+    warm_up(&node, &request("true"));
+    let before = memory(&node);
+    let jobs: Vec<_> =
+        (0..100).map(|number| create(&node, &request(&format!("echo {number}; sleep 1000"))).id).collect();
+    for (number, id) in jobs.iter().enumerate() {
+        wait_until(&node, id, |job| job.timings.first_output_ms.is_some());
+        assert_eq!(log(&node, id), format!("{number}\n"));
+    }
+    let during = memory(&node);
+    assert_eq!(template(&node).clones_alive, 100);
+    let each = (before.free_frames - during.free_frames) * 4 / 100;
+    println!(
+        "a clone that runs a shell: {each} KiB; free {} MiB of {}",
+        during.free_frames / 256,
+        during.total_frames / 256
+    );
+    assert!(each < 4096, "{each} KiB each");
+    for id in &jobs {
+        node.client().cancel(id).unwrap();
+    }
+    for id in &jobs {
+        assert_eq!(wait(&node, id).conclusion, Some(Conclusion::Cancelled));
+    }
+    assert_eq!(memory(&node).free_frames, before.free_frames);
 }
 
 /// With `-icount` a tick of the time-stamp counter is an instruction.
