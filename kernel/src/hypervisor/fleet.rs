@@ -245,6 +245,18 @@ impl<B: Backend> Fleet<B> {
         })
     }
 
+    /// Where clones do not count with their whole size, what machines that boot may yet take is not theirs.
+    fn keep_promises(&self) {
+        if self.clone_reserve_bytes.is_some() {
+            let left = |machine: &Machine<B>| {
+                frames_needed(&machine.size).saturating_sub(machine.memory_bytes() / SMALL_FRAME)
+            };
+            let booted = self.machines.iter().filter(|(_, machine)| machine.template().is_none());
+            let promised: u64 = booted.map(|(_, machine)| left(machine)).sum();
+            self.node.pool.promise(usize::try_from(promised).unwrap_or(usize::MAX));
+        }
+    }
+
     /// Frames that machines may come to need, and those that templates have.
     fn committed(&self) -> u64 {
         let machines = self.machines.iter().map(|(_, machine)| {
@@ -344,6 +356,7 @@ impl<B: Backend> Fleet<B> {
     /// Runs machines until `deadline` (nanoseconds since boot), a device interrupt, or something for the service to do; idles
     /// when all of them wait.
     pub fn run(&mut self, deadline: Option<u64>) {
+        self.keep_promises();
         let Self { node, runner, machines, .. } = self;
         let wake_disks = || machines.iter().for_each(|(_, machine)| machine.wake_disk(node));
         runner.run_until_service(deadline, wake_disks);

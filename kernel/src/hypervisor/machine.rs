@@ -423,7 +423,9 @@ impl<B: Backend> Machine<B> {
         node.poll_storage(&mut storage);
         let Some(volume) = volume else { return };
         if volume.wants_slab() {
-            volume.give_slab(node.pool.large().map(PrivateFrame::new));
+            let may_take = self.template.is_none() || node.pool.has_unpromised();
+            let slab = if may_take { node.pool.large() } else { None };
+            volume.give_slab(slab.map(PrivateFrame::new));
             platform.wake_disk();
         }
         if let Some(reason) = volume.fault() {

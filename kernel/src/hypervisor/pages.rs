@@ -155,6 +155,9 @@ impl<E: NestedEntry> Pages<E> {
         if !self.is_clone {
             return self.add_large(at, pool);
         }
+        if !pool.has_unpromised() {
+            return Err(MemoryError::OutOfFrames);
+        }
         let _changing = self.changing.lock();
         let mut change = Change::None;
         let table = self.table(at, LARGE_LEVEL, pool, &mut change)?;

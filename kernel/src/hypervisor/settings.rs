@@ -19,7 +19,7 @@ pub struct Settings {
     /// How many vCPUs there may be at once for each core in use.
     pub vcpus_per_core: usize,
     /// How much more memory than it has a clone may count on. `None`: as much as its size says, so that nothing that runs can ever fail for want
-    /// of memory. With a number more clones fit, and one that meets an empty pool is ended.
+    /// of memory. With a number more clones fit, and one that finds nothing but what others were promised is ended.
     pub clone_reserve_bytes: Option<u64>,
     /// Whether each clone's end is followed by a look at every byte of its template, which must not have changed.
     pub check_templates: bool,

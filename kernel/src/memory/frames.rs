@@ -6,6 +6,7 @@
 mod splits;
 
 use alloc::vec::Vec;
+use core::sync::atomic::{AtomicUsize, Ordering};
 use core::{ptr, slice};
 use spin::Mutex;
 use splits::Splits;
@@ -135,13 +136,15 @@ struct Free {
 pub struct FramePool {
     free: Mutex<Free>,
     total_large: usize,
+    /// See [`Self::promise`].
+    promised: AtomicUsize,
 }
 
 impl FramePool {
     /// An empty pool.
     pub const fn new() -> Self {
         let free = Free { clean: Vec::new(), dirty: Vec::new(), splits: Splits::new(), in_work: 0 };
-        Self { free: Mutex::new(free), total_large: 0 }
+        Self { free: Mutex::new(free), total_large: 0, promised: AtomicUsize::new(0) }
     }
 
     /// Adds usable RAM; both ends are multiples of 2 MiB.
@@ -161,6 +164,17 @@ impl FramePool {
         let free = self.free.lock();
         let large = free.clean.len() + free.dirty.len() + free.in_work;
         (large * SMALL_PER_LARGE + free.splits.free_frames(), self.total_large * SMALL_PER_LARGE)
+    }
+
+    /// So many 4 KiB frames are promised to machines that have yet to take them.
+    pub fn promise(&self, frames: usize) {
+        self.promised.store(frames, Ordering::Relaxed);
+    }
+
+    /// Whether there is a frame for one to whom none was promised.
+    pub fn has_unpromised(&self) -> bool {
+        let promised = self.promised.load(Ordering::Relaxed);
+        promised == 0 || self.counts().0 > promised
     }
 
     /// A zeroed 2 MiB frame; `None` when there is none.

@@ -131,6 +131,37 @@ fn clones_write_to_their_own_disks() {
 }
 
 #[test]
+fn a_clone_that_finds_no_memory_ends_with_that_reason_and_one_that_boots_has_its_own() {
+    let node = ready(checked().memory_mib(640).cores(2).append("clone_reserve_mib=8"));
+    let with = |script: &str| JobRequest {
+        machine_config: Some(MachineConfig { mem_size_mib: 256, ..MachineConfig::default() }),
+        ..job(script)
+    };
+    warm_up(&node, &with("true"));
+    let before = memory(&node).free_frames;
+    let fill = "head -c 94371840 /dev/zero > /tmp/much; echo full; sleep 20";
+    let cold = create(
+        &node,
+        &JobRequest { cold: true, ..with("sleep 5; head -c 83886080 /dev/zero > /tmp/much; echo full") },
+    )
+    .id;
+    let clones = [0, 1, 2].map(|_| create(&node, &with(fill)).id);
+    let ends = clones.map(|id| wait(&node, &id));
+    for job in &ends {
+        println!("{:?} {:?} {:?} {:?} {:?}", job.conclusion, job.failure_reason, job.timings, job.memory, job.exits);
+    }
+    let failed = ends.iter().filter(|job| job.conclusion == Some(Conclusion::SystemFailure));
+    let reasons: Vec<_> = failed.map(|job| job.failure_reason.clone().unwrap()).collect();
+    assert!(!reasons.is_empty(), "{ends:?}");
+    assert!(reasons.iter().all(|reason| reason.contains("no free memory left")), "{reasons:?}");
+    let cold = wait(&node, &cold);
+    assert_eq!(cold.conclusion, Some(Conclusion::Success), "{cold:?}");
+    assert_eq!(memory(&node).free_frames, before);
+    assert_eq!(&*run(&node, &with("echo fine")).stdout, b"fine\n");
+    assert!(!node.serial_log().contains("template changed"));
+}
+
+#[test]
 fn a_hundred_clones_of_512_mib_are_there_at_once_on_a_node_of_2_gib() {
     let append = "vcpus_per_core=64 clone_reserve_mib=8";
     let node = ready(Bed::builder().memory_mib(2048).cores(2).append(append));

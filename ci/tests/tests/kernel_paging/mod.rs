@@ -296,6 +296,21 @@ fn what_a_first_clone_copied_is_recorded_and_can_be_copied_ahead_in_the_next() {
 }
 
 #[test]
+fn what_was_promised_to_others_is_not_a_clones() {
+    let pool = pool_of(6);
+    let template = template(&pool, 16);
+    let clone = template.share(&pool).unwrap();
+    pool.promise(pool.counts().0);
+    let refused = view(&clone, &pool).write(GuestPhysAddr(LARGE_FRAME), &[1]);
+    assert_eq!(refused, Err(MemoryError::OutOfFrames));
+    write(&template, &pool, 5 * LARGE_FRAME, &[1]);
+    pool.promise(pool.counts().0 - 8);
+    write(&clone, &pool, LARGE_FRAME, &[1]);
+    free(clone, &pool);
+    free(template, &pool);
+}
+
+#[test]
 fn a_clone_that_meets_an_empty_pool_is_told_so_and_gives_back_what_it_has() {
     let pool = pool_of(3);
     let template = template(&pool, 16);
