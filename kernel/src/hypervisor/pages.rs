@@ -16,8 +16,10 @@ use nestling_machine::layout::{HIGH_RAM_START, LOW_RAM_END};
 use nestling_machine::memory::MemoryError;
 use spin::Mutex;
 
-/// A clone that writes to a page of its template copies as many pages around it, aligned, as are this long together.
-pub const COPY_BYTES: u64 = 4 << 10;
+/// A clone that writes to a page of its template copies a piece around it of at most one part in so many of what it has copied: a page at first.
+const COPY_GROWTH: u64 = 64;
+/// The most that is copied at once.
+const COPY_MAX: u64 = 64 << 10;
 /// A clone that touches RAM that its template never had gets at most one part in so many of what it already got that way: few exits for one that
 /// needs much, little memory for one that needs little.
 const GROWTH: u64 = 4;
@@ -48,6 +50,8 @@ pub struct Pages<E> {
     large: AtomicUsize,
     /// Bytes of RAM that the template did not have.
     fresh_bytes: AtomicU64,
+    /// Bytes of the template that it has copied.
+    copied_bytes: AtomicU64,
     /// Pages copied because they were written to, and not ahead of that.
     copied: AtomicUsize,
     is_recording: AtomicBool,
@@ -73,6 +77,7 @@ impl<E: NestedEntry> Pages<E> {
             small: AtomicUsize::new(1),
             large: AtomicUsize::new(0),
             fresh_bytes: AtomicU64::new(0),
+            copied_bytes: AtomicU64::new(0),
             copied: AtomicUsize::new(0),
             is_recording: AtomicBool::new(false),
             record: Mutex::new(Vec::new()),
@@ -171,7 +176,10 @@ impl<E: NestedEntry> Pages<E> {
             return Ok(change);
         }
         let (pages, is_fresh) = match E::is_present(entry) {
-            true => (COPY_BYTES / SMALL_FRAME, false),
+            true => (
+                piece(self.copied_bytes.load(Ordering::Relaxed) / COPY_GROWTH, COPY_MAX) / SMALL_FRAME,
+                false,
+            ),
             false => (self.fresh_allowance() / SMALL_FRAME, true),
         };
         // The page itself first: of those around it, as many as there are frames for.
@@ -194,9 +202,7 @@ impl<E: NestedEntry> Pages<E> {
 
     /// How much RAM that the template never had is given at once: 4 KiB to 2 MiB.
     fn fresh_allowance(&self) -> u64 {
-        let share = self.fresh_bytes.load(Ordering::Relaxed) / GROWTH;
-        let most = share.clamp(SMALL_FRAME, LARGE_FRAME);
-        1 << most.ilog2()
+        piece(self.fresh_bytes.load(Ordering::Relaxed) / GROWTH, LARGE_FRAME)
     }
 
     /// A machine that boots gets a whole large frame, which is zeroed before anything is locked.
@@ -280,7 +286,9 @@ impl<E: NestedEntry> Pages<E> {
             let frame = pool.unfilled().ok_or(MemoryError::OutOfFrames)?;
             let from = E::address(entry) as *const [u8; SMALL_FRAME as usize];
             // SAFETY: the page is a template's, which is identity-mapped, never written, and outlives this machine.
-            (frame.copy(unsafe { &*from }), Change::Moved)
+            let frame = frame.copy(unsafe { &*from });
+            self.copied_bytes.fetch_add(SMALL_FRAME, Ordering::Relaxed);
+            (frame, Change::Moved)
         } else {
             let frame = pool.small().ok_or(MemoryError::OutOfFrames)?;
             self.fresh_bytes.fetch_add(SMALL_FRAME, Ordering::Relaxed);
@@ -352,6 +360,11 @@ impl Change {
             (Self::None, Self::None) => Self::None,
         }
     }
+}
+
+/// How much is given at once: the largest power of two up to `share`, from 4 KiB to `most`.
+fn piece(share: u64, most: u64) -> u64 {
+    1 << share.clamp(SMALL_FRAME, most).ilog2()
 }
 
 /// A template's entry, as a clone has it.

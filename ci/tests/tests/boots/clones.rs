@@ -148,7 +148,10 @@ fn a_clone_that_finds_no_memory_ends_with_that_reason_and_one_that_boots_has_its
     let clones = [0, 1, 2].map(|_| create(&node, &with(fill)).id);
     let ends = clones.map(|id| wait(&node, &id));
     for job in &ends {
-        println!("{:?} {:?} {:?} {:?} {:?}", job.conclusion, job.failure_reason, job.timings, job.memory, job.exits);
+        println!(
+            "{:?} {:?} {:?} {:?} {:?}",
+            job.conclusion, job.failure_reason, job.timings, job.memory, job.exits
+        );
     }
     let failed = ends.iter().filter(|job| job.conclusion == Some(Conclusion::SystemFailure));
     let reasons: Vec<_> = failed.map(|job| job.failure_reason.clone().unwrap()).collect();
@@ -228,5 +231,20 @@ fn figures() {
         log.lines()
             .filter(|line| line.contains("clone:") || line.contains("tsc"))
             .for_each(|line| println!("{line}"));
+    }
+}
+
+#[test]
+#[ignore = "prints figures"]
+fn figures_of_writing() {
+    let node = ready(Bed::builder().cores(2));
+    let script = "for i in 1 2; do s=$(cut -d' ' -f1 /proc/uptime); head -c 83886080 /dev/zero > /tmp/x; e=$(cut -d' ' -f1 /proc/uptime); rm /tmp/x; echo $s $e; done";
+    for cold in [false, false, true] {
+        let finished = run(&node, &JobRequest { cold, ..job(script) });
+        println!(
+            "cold {cold}: {} {:?}",
+            String::from_utf8_lossy(&finished.stdout).replace('\n', "; "),
+            finished.job.exits
+        );
     }
 }

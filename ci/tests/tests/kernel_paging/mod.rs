@@ -296,6 +296,29 @@ fn what_a_first_clone_copied_is_recorded_and_can_be_copied_ahead_in_the_next() {
 }
 
 #[test]
+fn copies_grow_with_what_was_copied_so_that_one_that_changes_all_takes_few_exits() {
+    let pool = pool_of(40);
+    let template = TestPages::new(64 * LARGE_FRAME, &pool).unwrap();
+    for at in (0..8 * LARGE_FRAME).step_by(LARGE_FRAME as usize) {
+        write(&template, &pool, at, &[1; 8]);
+    }
+    let clone = template.share(&pool).unwrap();
+    for page in 0..120 {
+        write(&clone, &pool, page * 3 * SMALL_FRAME, &[2]);
+        assert!(clone.private_bytes() <= (page + 12) * SMALL_FRAME, "a page each at first");
+    }
+    let few = clone.copied_pages();
+    for page in 0..8 * 512 {
+        write(&clone, &pool, page * SMALL_FRAME, &[2]);
+        assert_eq!(read::<1>(&clone, &pool, page * SMALL_FRAME), [2]);
+    }
+    assert!(clone.copied_pages() - few < 700, "{} exits for 16 MiB", clone.copied_pages() - few);
+    free(clone, &pool);
+    assert_eq!(read::<2>(&template, &pool, LARGE_FRAME), [1; 2]);
+    free(template, &pool);
+}
+
+#[test]
 fn what_was_promised_to_others_is_not_a_clones() {
     let pool = pool_of(6);
     let template = template(&pool, 16);
