@@ -555,7 +555,7 @@ mod tests {
         let timings = bench.jobs.get(first).unwrap().timings;
         assert_eq!(
             (timings.queued_ms, timings.cloned_ms, timings.agent_ready_ms),
-            (Some(0), Some(10), Some(11))
+            (Some(0), Some(10), Some(10))
         );
         let second = queue_job(&mut bench.jobs, 2);
         bench.poll(20);

@@ -147,12 +147,6 @@ fn a_clone_that_finds_no_memory_ends_with_that_reason_and_one_that_boots_has_its
     .id;
     let clones = [0, 1, 2].map(|_| create(&node, &with(fill)).id);
     let ends = clones.map(|id| wait(&node, &id));
-    for job in &ends {
-        println!(
-            "{:?} {:?} {:?} {:?} {:?}",
-            job.conclusion, job.failure_reason, job.timings, job.memory, job.exits
-        );
-    }
     let failed = ends.iter().filter(|job| job.conclusion == Some(Conclusion::SystemFailure));
     let reasons: Vec<_> = failed.map(|job| job.failure_reason.clone().unwrap()).collect();
     assert!(!reasons.is_empty(), "{ends:?}");
