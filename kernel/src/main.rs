@@ -81,7 +81,7 @@ fn run_on<B: Backend>(
     let entropy = Box::new(random.fork());
     let node: &Node<B> = Box::leak(Box::new(Node::new(backend, frames, storage, entropy, &cores)));
     cpu::cores::release(Box::leak(Box::new(|core| Runner::new(node, core).run_forever())));
-    let fleet = Fleet::new(node, components, settings.vcpus_per_core);
+    let fleet = Fleet::new(node, components, &settings);
     let service = Service::new(boot, nic, random, catalog).unwrap_or_else(|error| refuse(&error));
     serve(service, fleet)
 }
@@ -119,7 +119,10 @@ fn start_cores<B: Backend>(
 }
 
 /// The main loop: what came in is handled, then machines run until something else comes.
-fn serve<B: Backend>(mut service: Service<hypervisor::MachineId>, mut fleet: Fleet<B>) -> ! {
+fn serve<B: Backend>(
+    mut service: Service<hypervisor::MachineId, hypervisor::TemplateId>,
+    mut fleet: Fleet<B>,
+) -> ! {
     let mut has_news = true;
     loop {
         // Before the poll: what interrupts during it is for the next one.

@@ -1,7 +1,7 @@
 //! Jobs for tests, and running them.
 
 use nestling::bed::RunningBed;
-use nestling::client::types::{Condition, Job, JobRequest, Status, StepRequest};
+use nestling::client::types::{Conclusion, Condition, Job, JobRequest, Status, StepRequest};
 use nestling::client::{ClientError, Finished};
 use std::time::Duration;
 
@@ -34,6 +34,16 @@ pub fn steps(steps: impl IntoIterator<Item = StepRequest>) -> JobRequest {
 /// When the node refuses it or does not answer.
 pub fn run(node: &RunningBed, request: &JobRequest) -> Finished {
     node.client().run(request).unwrap_or_else(|error| panic!("running {request:?}: {error}"))
+}
+
+/// Runs a job of nothing on the image and the machine of `request`: what the node keeps for later ones, a template above all, it has then.
+///
+/// # Panics
+/// As [`run`], and when the job fails.
+pub fn warm_up(node: &RunningBed, request: &JobRequest) {
+    let nothing = JobRequest { steps: vec![step("true")], ..request.clone() };
+    let finished = run(node, &nothing);
+    assert_eq!(finished.job.conclusion, Some(Conclusion::Success), "{:?}", finished.job);
 }
 
 /// Creates a job.

@@ -21,6 +21,7 @@ mod memory {
 mod hypervisor {
     pub mod exit;
     pub mod nested;
+    pub mod pages;
     pub mod ram;
     pub mod refusal;
     pub mod schedule;
@@ -30,14 +31,12 @@ mod hypervisor {
     }
 }
 
+#[path = "kernel_paging/mod.rs"]
+mod paging;
+
 use command_line::CommandLine;
-use hypervisor::nested::{NestedEntry, NestedTable};
-use hypervisor::ram::{Ram, RamView};
 use hypervisor::svm::features::{check, feature};
 use memory::frames::{FramePool, LARGE_FRAME, SMALL_FRAME, SMALL_PER_LARGE};
-use nestling_machine::address::GuestPhysAddr;
-use nestling_machine::layout::{HIGH_RAM_START, LOW_RAM_END};
-use nestling_machine::memory::{GuestMemory, MemoryError};
 
 /// Memory that stays allocated: the pool believes that it owns it for ever.
 fn pool_of(large_frames: usize) -> FramePool {
@@ -121,6 +120,44 @@ fn memory_that_is_carved_out_is_in_one_piece_and_never_handed_out_again() {
 }
 
 #[test]
+fn thousands_of_small_frames_come_and_go_in_any_order_and_none_is_lost() {
+    let pool = pool_of(8);
+    let all = pool.counts();
+    let mut random = 1_u64;
+    let mut held = Vec::new();
+    for _ in 0..20_000 {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        if random >> 63 == 0 || held.is_empty() {
+            held.extend(pool.small());
+        } else {
+            pool.free_small(held.swap_remove((random >> 33) as usize % held.len()));
+        }
+        assert_eq!(pool.counts().0 + held.len(), all.0);
+    }
+    held.into_iter().for_each(|frame| pool.free_small(frame));
+    assert_eq!(pool.counts(), all);
+    assert_eq!(std::iter::from_fn(|| pool.large()).count(), 8, "split frames are whole again");
+}
+
+#[test]
+fn a_frame_that_was_filled_holds_that_and_nothing_else() {
+    let pool = pool_of(1);
+    let copy = pool.unfilled().unwrap().copy(&[7; SMALL_FRAME as usize]);
+    let words = pool.unfilled().unwrap().fill(|index| index as u64);
+    // SAFETY: both frames are the pool's, a page long.
+    let (copied, filled) = unsafe {
+        (
+            std::slice::from_raw_parts(copy.address() as *const u8, SMALL_FRAME as usize),
+            std::slice::from_raw_parts(words.address() as *const u64, SMALL_FRAME as usize / 8),
+        )
+    };
+    assert!(copied.iter().all(|byte| *byte == 7));
+    assert!(filled.iter().enumerate().all(|(index, word)| *word == index as u64));
+    pool.free_small(copy);
+    pool.free_small(words);
+}
+
+#[test]
 fn an_empty_pool_refuses_and_no_two_owners_share_a_frame() {
     let pool = pool_of(1);
     let frames: Vec<_> = std::iter::from_fn(|| pool.small()).collect();
@@ -131,135 +168,6 @@ fn an_empty_pool_refuses_and_no_two_owners_share_a_frame() {
     addresses.dedup();
     assert_eq!(addresses.len(), SMALL_PER_LARGE);
     frames.into_iter().for_each(|frame| pool.free_small(frame));
-}
-
-/// A format of its own, so that the walk is tested and not a vendor's bits.
-struct TestEntry;
-
-impl NestedEntry for TestEntry {
-    fn table(physical: u64) -> u64 {
-        physical | 1
-    }
-
-    fn large_leaf(physical: u64) -> u64 {
-        physical | 3
-    }
-
-    fn read_only_leaf(physical: u64) -> u64 {
-        physical | 5
-    }
-
-    fn is_present(entry: u64) -> bool {
-        entry & 1 != 0
-    }
-
-    fn address(entry: u64) -> u64 {
-        entry & !0xFFF
-    }
-}
-
-fn walk(root: u64, at: u64) -> Option<u64> {
-    walk_to(root, at, 1)
-}
-
-/// Where the entry of `last` level (0 maps 4 KiB, 1 maps 2 MiB) leads.
-fn walk_to(root: u64, at: u64, last: u64) -> Option<u64> {
-    let mut table = root;
-    for level in (last..=3).rev() {
-        // SAFETY: the table's frames come from `pool_of`.
-        let entry = unsafe { *((table + (at >> (12 + 9 * level) & 511) * 8) as *const u64) };
-        if !TestEntry::is_present(entry) {
-            return None;
-        }
-        table = TestEntry::address(entry);
-    }
-    Some(table)
-}
-
-#[test]
-fn a_nested_table_maps_what_it_was_told_and_nothing_else_and_gives_its_frames_back() {
-    let pool = pool_of(4);
-    let before = pool.counts();
-    let mut table = NestedTable::<TestEntry>::new(&pool).unwrap();
-    let frame = pool.large().unwrap();
-    for at in [0, LARGE_FRAME, 0xBFE0_0000, HIGH_RAM_START, 0x7FFF_FFE0_0000] {
-        assert_eq!(walk(table.root(), at), None);
-        assert!(table.map(GuestPhysAddr(at + 0x1234), &frame, &pool));
-        assert_eq!(walk(table.root(), at), Some(frame.address()));
-        assert_eq!(walk(table.root(), at + LARGE_FRAME), None);
-    }
-    table.free(&pool);
-    pool.free_large(frame);
-    assert_eq!(pool.counts(), before);
-}
-
-#[test]
-fn a_nested_table_shows_a_small_page_and_takes_it_away_again() {
-    let pool = pool_of(4);
-    let before = pool.counts();
-    let mut table = NestedTable::<TestEntry>::new(&pool).unwrap();
-    let (page, other) = (pool.small().unwrap(), pool.small().unwrap());
-    let at = 0xE000_8000;
-    assert!(table.map_read_only(GuestPhysAddr(at), page.address(), &pool));
-    assert!(table.map_read_only(GuestPhysAddr(at + 0x1000), other.address(), &pool));
-    assert_eq!(walk_to(table.root(), at, 0), Some(page.address()));
-    table.unmap(GuestPhysAddr(at), &pool);
-    assert_eq!(walk_to(table.root(), at, 0), None);
-    assert_eq!(walk_to(table.root(), at + 0x1000, 0), Some(other.address()));
-    table.free(&pool);
-    pool.free_small(page);
-    pool.free_small(other);
-    assert_eq!(pool.counts(), before);
-}
-
-#[test]
-fn ram_is_backed_on_the_first_write_only_and_reads_as_zero_before() {
-    let pool = pool_of(4);
-    let before = pool.counts();
-    let ram = Ram::new(8 * LARGE_FRAME);
-    let mut view = RamView { ram: &ram, pool: &pool };
-    let mut bytes = [0xFF; 16];
-    view.read(GuestPhysAddr(3 * LARGE_FRAME), &mut bytes).unwrap();
-    assert_eq!(bytes, [0; 16]);
-    // Across a border of two frames.
-    view.write(GuestPhysAddr(2 * LARGE_FRAME - 8), &[7; 16]).unwrap();
-    view.read(GuestPhysAddr(2 * LARGE_FRAME - 8), &mut bytes).unwrap();
-    assert_eq!(bytes, [7; 16]);
-    assert_eq!(ram.backed_bytes(), 2 * LARGE_FRAME);
-    ram.free(&pool);
-    assert_eq!(pool.counts(), before);
-}
-
-#[test]
-fn what_is_not_ram_is_refused_and_so_is_a_range_that_leaves_it() {
-    let pool = pool_of(2);
-    let ram = Ram::new(LARGE_FRAME);
-    let mut view = RamView { ram: &ram, pool: &pool };
-    for at in [LARGE_FRAME, LARGE_FRAME - 1, LOW_RAM_END, HIGH_RAM_START, u64::MAX, u64::MAX - LARGE_FRAME] {
-        let refused = MemoryError::NotRam { at: GuestPhysAddr(at), length: 2 };
-        assert_eq!(view.write(GuestPhysAddr(at), &[1, 2]), Err(refused), "{at:#x}");
-        assert_eq!(view.read(GuestPhysAddr(at), &mut [0; 2]), Err(refused), "{at:#x}");
-    }
-    ram.free(&pool);
-}
-
-#[test]
-fn ram_beyond_the_low_part_continues_at_four_gibibytes() {
-    let ram = Ram::new(LOW_RAM_END + LARGE_FRAME);
-    assert!(ram.contains(GuestPhysAddr(LOW_RAM_END - 1)));
-    assert!(!ram.contains(GuestPhysAddr(LOW_RAM_END)));
-    assert!(ram.contains(GuestPhysAddr(HIGH_RAM_START)));
-    assert!(!ram.contains(GuestPhysAddr(HIGH_RAM_START + LARGE_FRAME)));
-}
-
-#[test]
-fn a_machine_without_free_frames_is_told_so() {
-    let pool = pool_of(1);
-    let ram = Ram::new(4 * LARGE_FRAME);
-    let mut view = RamView { ram: &ram, pool: &pool };
-    view.write(GuestPhysAddr(0), &[1]).unwrap();
-    assert_eq!(view.write(GuestPhysAddr(LARGE_FRAME), &[1]), Err(MemoryError::OutOfFrames));
-    ram.free(&pool);
 }
 
 const MAX_LEAF: u32 = 0x8000_000A;
@@ -310,11 +218,21 @@ fn an_exit_that_was_a_ram_fault_is_counted_once() {
 fn the_command_line_bounds_cores_and_vcpus_and_what_is_no_number_is_refused() {
     use hypervisor::settings::Settings;
     let read = |line| Settings::read(&CommandLine::new(line));
-    assert_eq!(read("log=info"), Ok(Settings { cores: usize::MAX, vcpus_per_core: 4 }));
-    assert_eq!(read("cores=2 vcpus_per_core=64"), Ok(Settings { cores: 2, vcpus_per_core: 64 }));
-    for line in
-        ["cores=0", "cores=", "cores=two", "vcpus_per_core=0", "vcpus_per_core=65", "vcpus_per_core=-1"]
-    {
+    let usual =
+        Settings { cores: usize::MAX, vcpus_per_core: 4, clone_reserve_bytes: None, check_templates: false };
+    assert_eq!(read("log=info"), Ok(usual));
+    assert_eq!(read("cores=2 vcpus_per_core=64"), Ok(Settings { cores: 2, vcpus_per_core: 64, ..usual }));
+    assert_eq!(read("clone_reserve_mib=8"), Ok(Settings { clone_reserve_bytes: Some(8 << 20), ..usual }));
+    assert_eq!(read("check_templates=on"), Ok(Settings { check_templates: true, ..usual }));
+    for line in [
+        "cores=0",
+        "cores=",
+        "cores=two",
+        "vcpus_per_core=0",
+        "vcpus_per_core=65",
+        "vcpus_per_core=-1",
+        "clone_reserve_mib=0",
+    ] {
         let error = read(line).unwrap_err();
         assert!(error.contains(line), "{error}");
     }

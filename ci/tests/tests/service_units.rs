@@ -11,6 +11,12 @@ mod boot {
     pub use command_line::CommandLine;
 }
 
+#[path = "../../../kernel/src/hypervisor"]
+mod hypervisor {
+    mod figures;
+    pub use figures::TemplateFigures;
+}
+
 mod cpu {
     pub fn take_interrupts() {}
 
@@ -125,6 +131,7 @@ mod service {
     pub mod network;
     pub mod node;
     pub mod settings;
+    mod templates;
     pub mod testing;
     pub mod uplink;
 }

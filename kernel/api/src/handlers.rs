@@ -10,7 +10,7 @@ use crate::jobs::{Created, JobId, ReadOptions, Streams, request};
 use crate::log::Stream;
 use crate::multiplex;
 use crate::openapi::OPENAPI;
-use crate::types::{FieldError, ImageList, Status, Version};
+use crate::types::{FieldError, ImageList, Status, TemplateList, Version};
 use crate::{Api, Clock, Node};
 
 const TEXT: &str = "text/plain; charset=utf-8";
@@ -40,6 +40,11 @@ pub(crate) fn version(node: &dyn Node) -> Response {
 
 pub(crate) fn openapi() -> Response {
     Response::new(200, "application/json", Body::Static(OPENAPI.as_bytes()))
+}
+
+pub(crate) fn templates(node: &dyn Node) -> Response {
+    let templates = node.templates();
+    Response::json(200, &TemplateList { total_count: templates.len() as u64, templates })
 }
 
 pub(crate) fn images(node: &dyn Node) -> Response {

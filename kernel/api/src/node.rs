@@ -4,7 +4,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 
 use crate::jobs::request::LargestMachine;
-use crate::types::{Host, Image};
+use crate::types::{Host, Image, Template};
 
 /// The node behind the API. The kernel's service implements it; tests have one of their own.
 pub trait Node {
@@ -18,6 +18,8 @@ pub trait Node {
     fn images(&self) -> Vec<Image>;
     /// What kept other images from being there, for people.
     fn image_problems(&self) -> Vec<String>;
+    /// The templates of machines.
+    fn templates(&self) -> Vec<Template>;
     /// What a machine can ever get here.
     fn largest_machine(&self) -> LargestMachine;
     /// Fills `into` with unpredictable bytes, for identifiers.

@@ -211,6 +211,8 @@ mod tests {
         fits("Host", &host);
         fits("Image", &Image::default());
         fits("ImageList", &ImageList::default());
+        fits("Template", &Template::default());
+        fits("TemplateList", &TemplateList { total_count: 1, templates: vec![Template::default()] });
         fits("Version", &Version { name: "nestling".into(), version: "1".into(), api: "v1".into() });
         let error = FieldError { field: "a".into(), message: "b".into() };
         fits("FieldError", &error);
@@ -239,6 +241,7 @@ mod tests {
             network: Some(Network { egress: Egress::Rules(vec!["example.org".parse().unwrap()]) }),
             workspace: true,
             artifacts: vec!["dist/**".into()],
+            cold: true,
         };
         fits("JobRequest", &request);
     }

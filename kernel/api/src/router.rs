@@ -19,6 +19,7 @@ pub(crate) enum Route {
     OpenApi,
     Host,
     Images,
+    Templates,
     ListJobs,
     CreateJob,
     GetJob(JobId),
@@ -63,13 +64,14 @@ const fn path(template: &'static str, allow: &'static str, public: bool) -> Path
 }
 
 /// Every path there is.
-pub(crate) const PATHS: [Path; 15] = [
+pub(crate) const PATHS: [Path; 16] = [
     path("/healthz", "GET, HEAD", true),
     path("/readyz", "GET, HEAD", true),
     path("/version", "GET, HEAD", true),
     path("/openapi.json", "GET, HEAD", true),
     path("/v1/host", "GET, HEAD", false),
     path("/v1/images", "GET, HEAD", false),
+    path("/v1/templates", "GET, HEAD", false),
     path("/v1/jobs", "GET, HEAD, POST", false),
     path("/v1/jobs/{id}", "GET, HEAD, DELETE", false),
     path("/v1/jobs/{id}/logs", "GET, HEAD", false),
@@ -121,6 +123,7 @@ pub(crate) fn admit(api: &Api, head: &Head) -> Result<Route, ApiError> {
         ("/openapi.json", _) if get => Ok(Route::OpenApi),
         ("/v1/host", _) if get => Ok(Route::Host),
         ("/v1/images", _) if get => Ok(Route::Images),
+        ("/v1/templates", _) if get => Ok(Route::Templates),
         ("/v1/jobs", _) if get => Ok(Route::ListJobs),
         ("/v1/jobs", Method::Post) => is_json(head).map(|()| Route::CreateJob),
         ("/v1/jobs/{id}", _) if get => job().map(Route::GetJob),
@@ -203,6 +206,7 @@ pub(crate) fn handle(
         Route::OpenApi => Ok(handlers::openapi()),
         Route::Host => Ok(Response::json(200, &node.host())),
         Route::Images => Ok(handlers::images(node)),
+        Route::Templates => Ok(handlers::templates(node)),
         Route::ListJobs => handlers::list_jobs(api, head),
         Route::CreateJob => handlers::create_job(api, node, head, body, now),
         Route::GetJob(id) => Ok(Response::json(200, &api.jobs.get(id)?)),

@@ -9,7 +9,8 @@ use crate::jobs::request::LargestMachine;
 use crate::jobs::{JobId, JobStore, MachineEnd, MachineReport, request};
 use crate::time::{Clock, MILLISECOND, SECOND};
 use crate::types::{
-    Artifact, BootTimes, Host, HostMemory, Image, Job, JobRequest, MachineConfig, StepRequest, Uplink, Vendor,
+    Artifact, BootTimes, Host, HostMemory, Image, Job, JobRequest, MachineConfig, StepRequest, Template,
+    Uplink, Vendor,
 };
 use crate::{ApiConfig, Node};
 
@@ -64,6 +65,10 @@ impl Node for FakeNode {
 
     fn images(&self) -> Vec<Image> {
         vec![Image { name: "minimal".into(), version: "1".into(), ..Image::default() }]
+    }
+
+    fn templates(&self) -> Vec<Template> {
+        vec![Template { id: "1".into(), image: "minimal".into(), ..Template::default() }]
     }
 
     fn largest_machine(&self) -> LargestMachine {

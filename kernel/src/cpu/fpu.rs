@@ -69,6 +69,20 @@ pub struct XsaveArea {
 
 // SAFETY: the area is owned like a box's content, and used by the core that has the vCPU.
 unsafe impl Send for XsaveArea {}
+// SAFETY: through a shared reference the area is only read.
+unsafe impl Sync for XsaveArea {}
+
+impl Clone for XsaveArea {
+    fn clone(&self) -> Self {
+        // SAFETY: the layout is not empty.
+        let Some(area) = NonNull::new(unsafe { alloc_zeroed(self.layout) }) else {
+            handle_alloc_error(self.layout)
+        };
+        // SAFETY: both areas have this layout and are initialised, and they are two allocations.
+        unsafe { core::ptr::copy_nonoverlapping(self.area.as_ptr(), area.as_ptr(), self.layout.size()) };
+        Self { area, layout: self.layout, components: self.components }
+    }
+}
 
 impl XsaveArea {
     /// An area that restores the reset state of all `components`.

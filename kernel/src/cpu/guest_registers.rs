@@ -9,7 +9,7 @@ use x86_64::registers::model_specific::Msr;
 const TSC_AUX: u32 = 0xC000_0103;
 
 /// A vCPU's breakpoint addresses while it is off the core. DR6 and DR7 are the vendor's: both switch DR7, one of them DR6.
-#[derive(Default)]
+#[derive(Clone, Copy, Default)]
 pub struct BreakpointAddresses([u64; 4]);
 
 impl BreakpointAddresses {

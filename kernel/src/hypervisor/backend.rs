@@ -12,7 +12,7 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// The vendor's control block of one vCPU.
     type Vcpu: VendorVcpu + Send;
     /// The vendor's nested page table entry.
-    type Entry: NestedEntry + Send;
+    type Entry: NestedEntry + Send + Sync;
     /// "amd" or "intel".
     const VENDOR: &'static str;
 
@@ -36,12 +36,22 @@ pub trait Backend: Sized + Send + Sync + 'static {
 
     /// A vCPU whose nested page table starts at `nested_root`, in the state `state`. It is this core's until it is released.
     fn vcpu(&self, nested_root: u64, state: &VcpuState) -> Self::Vcpu;
+
+    /// A vCPU whose nested page table starts at `nested_root`, that goes on where `snapshot` was taken. Its TSC offset is yet to be set, and it is
+    /// this core's until it is released.
+    fn thaw(&self, nested_root: u64, snapshot: &<Self::Vcpu as VendorVcpu>::Snapshot) -> Self::Vcpu;
 }
 
 /// One vendor's vCPU: its control block, entry and exit.
 ///
 /// What a method reads or changes, [`CpuState`]'s included, is the state as of the last exit; changes take effect at the next entry.
 pub trait VendorVcpu: CpuState {
+    /// All that it is but its place: registers, what is to be delivered to it, what it is shielded from.
+    type Snapshot: Send + Sync;
+
+    /// Takes a snapshot. It is on no core, and is not run any more.
+    fn freeze(&mut self) -> Self::Snapshot;
+
     /// Puts the vCPU to `state` with nothing pending and nothing masked, as INIT does. It is loaded.
     fn reset(&mut self, state: &VcpuState);
     /// Sets EFER as the guest wrote it (already validated); LMA stays the processor's.

@@ -3,7 +3,8 @@
 //!
 //! PCI Express Base specification, 7.2.2 (enhanced configuration access mechanism).
 
-use super::nested::{NestedEntry, NestedTable};
+use super::nested::NestedEntry;
+use super::pages::Pages;
 use crate::memory::frames::{FramePool, SMALL_FRAME, SmallFrame};
 use alloc::vec::Vec;
 use core::ptr;
@@ -29,10 +30,15 @@ pub struct ConfigSpace {
 struct Page {
     /// Offset in ECAM.
     offset: u64,
-    frame: SmallFrame,
+    /// The page; a clone that has not changed it reads its template's.
+    frame: Option<SmallFrame>,
     /// The guest reads it; otherwise its reads are emulated, for good: no driver that sets the window to the BARs up gives it up again.
     is_mapped: bool,
 }
+
+/// There was no frame for a page or a table.
+#[derive(Debug)]
+pub struct OutOfFrames;
 
 const fn guest_address(offset: u64) -> GuestPhysAddr {
     GuestPhysAddr(ECAM_BASE + offset)
@@ -49,54 +55,67 @@ impl ConfigSpace {
         Self { pages: Vec::new() }
     }
 
+    /// The pages of a clone, whose template's these are and which inherits their mappings.
+    pub fn share(&self) -> Self {
+        let inherit = |page: &Page| Page { offset: page.offset, frame: None, is_mapped: page.is_mapped };
+        Self { pages: self.pages.iter().map(inherit).collect() }
+    }
+
     /// Maps what `platform` has. False when the pool is empty; what was mapped stays until [`Self::free`].
-    pub fn map<E: NestedEntry>(
-        &mut self,
-        platform: &Platform,
-        table: &mut NestedTable<E>,
-        frames: &FramePool,
-    ) -> bool {
+    pub fn map<E: NestedEntry>(&mut self, platform: &Platform, pages: &Pages<E>, pool: &FramePool) -> bool {
         (0..ECAM_SIZE).step_by(DEVICE_STEP as usize).all(|offset| match platform.config_page(offset) {
             ConfigPage::HasEffects => true,
             ConfigPage::Nothing => {
-                table.map_read_only(guest_address(offset), &raw const ONES.0 as u64, frames)
+                pages.map_device(guest_address(offset), &raw const ONES.0 as u64, pool).is_some()
             }
             ConfigPage::Bytes(bytes) => {
-                let Some(frame) = frames.small() else { return false };
+                let Some(frame) = pool.small() else { return false };
                 show(&frame, bytes);
-                let mapped = table.map_read_only(guest_address(offset), frame.address(), frames);
-                self.pages.push(Page { offset, frame, is_mapped: true });
-                mapped
+                let mapped = pages.map_device(guest_address(offset), frame.address(), pool);
+                self.pages.push(Page { offset, frame: Some(frame), is_mapped: true });
+                mapped.is_some()
             }
         })
     }
 
-    /// Shows what a write has changed. Reads that do more than read are emulated: true when a page is mapped no more, so that cached
+    /// Shows what a write has changed. Reads that do more than read are emulated: true when a page moved or is mapped no more, so that cached
     /// translations have to be dropped.
-    #[must_use]
+    ///
+    /// # Errors
+    /// [`OutOfFrames`].
     pub fn update<E: NestedEntry>(
         &mut self,
         platform: &Platform,
-        table: &mut NestedTable<E>,
-        frames: &FramePool,
-    ) -> bool {
-        let mut has_unmapped = false;
+        pages: &Pages<E>,
+        pool: &FramePool,
+    ) -> Result<bool, OutOfFrames> {
+        let mut has_moved = false;
         for page in self.pages.iter_mut().filter(|page| page.is_mapped) {
-            if let ConfigPage::Bytes(bytes) = platform.config_page(page.offset) {
-                show(&page.frame, bytes);
-            } else {
-                table.unmap(guest_address(page.offset), frames);
-                page.is_mapped = false;
-                has_unmapped = true;
+            let at = guest_address(page.offset);
+            match (platform.config_page(page.offset), &page.frame) {
+                (ConfigPage::Bytes(bytes), Some(frame)) => show(frame, bytes),
+                (ConfigPage::Bytes(bytes), None) => {
+                    let frame = pool.small().ok_or(OutOfFrames)?;
+                    show(&frame, bytes);
+                    let mapped = pages.map_device(at, frame.address(), pool);
+                    page.frame = Some(frame);
+                    mapped.ok_or(OutOfFrames)?;
+                    has_moved = true;
+                }
+                _ => {
+                    pages.unmap_device(at, pool).ok_or(OutOfFrames)?;
+                    page.is_mapped = false;
+                    has_moved = true;
+                }
             }
         }
-        has_unmapped
+        Ok(has_moved)
     }
 
     /// Gives the frames back. The vCPUs that read them are gone.
-    pub fn free(self, frames: &FramePool) {
-        for page in self.pages {
-            frames.free_small(page.frame);
+    pub fn free(self, pool: &FramePool) {
+        for frame in self.pages.into_iter().filter_map(|page| page.frame) {
+            pool.free_small(frame);
         }
     }
 }

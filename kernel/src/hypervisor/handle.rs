@@ -3,9 +3,8 @@
 use super::backend::{Backend, TscOffset, VendorVcpu};
 use super::config_space;
 use super::exit::{self, Exit};
-use super::machine::{Devices, End};
+use super::machine::{Devices, End, MachineMemory};
 use super::node::Call;
-use super::ram::RamView;
 use super::run::Run;
 use super::vcpu::Activity;
 use crate::cpu::{clock, fpu, guest_registers};
@@ -55,7 +54,7 @@ impl<B: Backend> Run<'_, B> {
             Exit::WriteMsr => self.write_msr(),
             Exit::Pio { port, width, input, next_rip } => self.pio(port, width, input, next_rip),
             Exit::StringPio => self.emulate(),
-            Exit::NestedFault { address, .. } if self.machine.ram.contains(address) => self.back(address),
+            Exit::NestedFault { address, .. } if self.machine.pages.contains(address) => self.back(address),
             Exit::NestedFault { by_instruction: true, .. } => self.emulate(),
             Exit::NestedFault { address, .. } => {
                 let what = "a page table, descriptor table or stack in a device's memory";
@@ -279,10 +278,10 @@ impl<B: Backend> Run<'_, B> {
         self.complete(next_rip);
     }
 
-    /// Backs a touched page of RAM and maps it.
+    /// Gives the machine a page of its own where it touched RAM.
     fn back(&mut self, address: GuestPhysAddr) {
         self.cell.exits.recount(exit::MMIO, exit::RAM_FAULT);
-        if !self.machine.map(self.node, address) {
+        if !self.machine.back(self.node, address) {
             self.end(End::OutOfFrames);
         }
     }
@@ -293,7 +292,7 @@ impl<B: Backend> Run<'_, B> {
         let memory = self.memory();
         let own = &mut *self.own;
         let (emulation, has_news) = machine.with_devices(node, |devices| {
-            let mut bus = MachineBus {
+            let mut bus = MachineBus::<B> {
                 memory,
                 platform: &mut devices.platform,
                 lapic: &mut own.vcpu.lapic,
@@ -324,8 +323,8 @@ impl<B: Backend> Run<'_, B> {
 }
 
 /// What an emulated instruction reaches: RAM, devices and the local APIC's page.
-struct MachineBus<'a> {
-    memory: RamView<'a>,
+struct MachineBus<'a, B: Backend> {
+    memory: MachineMemory<'a, B>,
     platform: &'a mut Platform,
     lapic: &'a mut Lapic,
     now: GuestTsc,
@@ -337,7 +336,7 @@ fn lapic_offset(at: GuestPhysAddr) -> Option<u64> {
     at.0.checked_sub(LAPIC_BASE).filter(|offset| *offset < 0x1000)
 }
 
-impl Bus for MachineBus<'_> {
+impl<B: Backend> Bus for MachineBus<'_, B> {
     fn memory(&mut self) -> &mut dyn GuestMemory {
         &mut self.memory
     }

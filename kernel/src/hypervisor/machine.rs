@@ -3,14 +3,16 @@
 use super::backend::{Backend, TscOffset};
 use super::config_space::ConfigSpace;
 use super::disk::MachineDisk;
-use super::nested::NestedTable;
 use super::node::{Call, Node};
-use super::ram::{Ram, RamView};
+use super::pages::{Change, Pages};
+use super::ram::{RamView, Translations};
+use super::template::Template;
 use super::vcpu::{Activity, Place, VcpuCell};
 use crate::cpu::clock;
 use crate::memory::frames::{FramePool, LARGE_FRAME, PrivateFrame};
 use alloc::boxed::Box;
 use alloc::string::String;
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -90,15 +92,26 @@ struct Progress {
 /// A machine's devices. Who has touched them settles what comes of it: see [`Machine::with_devices`].
 pub struct Devices {
     pub(super) platform: Platform,
-    volume: Option<Volume<PrivateFrame>>,
+    pub(super) volume: Option<Volume<PrivateFrame>>,
     pub(super) config_space: ConfigSpace,
     /// What the service has seen of them.
     seen: Progress,
     /// Frames sent by the guest, for which the service was called.
-    frames_sent: u64,
+    pub(super) frames_sent: u64,
 }
 
 impl Devices {
+    /// Those of a clone. Whatever there is for the service, it has not seen.
+    pub(super) const fn resumed(
+        platform: Platform,
+        volume: Option<Volume<PrivateFrame>>,
+        config_space: ConfigSpace,
+        frames_sent: u64,
+    ) -> Self {
+        let seen = Progress { vsock: (VsockState::Listening, 0, 0) };
+        Self { platform, volume, config_space, seen, frames_sent }
+    }
+
     fn progress(&mut self) -> Progress {
         let vsock = self.platform.vsock();
         Progress { vsock: (vsock.state(), vsock.readable(), vsock.unsent()) }
@@ -135,10 +148,9 @@ pub struct DiskSize {
 pub struct Machine<B: Backend> {
     pub(super) vcpus: Box<[VcpuCell<B>]>,
     pub(super) router: InterruptRouter,
-    pub(super) ram: Ram,
+    pub(super) pages: Pages<B::Entry>,
     pub(super) size: Size,
     devices: Mutex<Devices>,
-    nested: Mutex<NestedTable<B::Entry>>,
     end: Once<End>,
     /// It has ended or is to be destroyed: no vCPU is entered again.
     is_over: AtomicBool,
@@ -148,6 +160,32 @@ pub struct Machine<B: Backend> {
     has_work: AtomicBool,
     /// vCPUs that only another vCPU can wake.
     stuck: AtomicUsize,
+    /// What it is a clone of.
+    template: Option<Arc<Template<B>>>,
+}
+
+/// What a machine that stopped leaves to its template.
+pub struct Parts<B: Backend> {
+    pub(super) vcpus: Box<[VcpuCell<B>]>,
+    pub(super) router: InterruptRouter,
+    pub(super) pages: Pages<B::Entry>,
+    pub(super) size: Size,
+    pub(super) devices: Devices,
+}
+
+/// A machine's RAM, as devices and emulation see it.
+pub type MachineMemory<'a, B> = RamView<'a, <B as Backend>::Entry, Processors<'a, B>>;
+
+/// The vCPUs of a machine, with what they may have cached of its translations.
+pub struct Processors<'a, B: Backend> {
+    machine: &'a Machine<B>,
+    node: &'a Node<B>,
+}
+
+impl<B: Backend> Translations for Processors<'_, B> {
+    fn drop_all(&self) {
+        self.machine.drop_translations(self.node);
+    }
 }
 
 impl<B: Backend> Machine<B> {
@@ -165,13 +203,13 @@ impl<B: Backend> Machine<B> {
         let Size { memory_mib, vcpu_count, network, disk } = *size;
         let pool = &node.pool;
         let ram_bytes = u64::from(memory_mib) << 20;
-        let Some(nested) = NestedTable::new(pool) else { return Err(CreateError::OutOfFrames) };
-        let ram = Ram::new(ram_bytes);
-        let state = match linux::load(&mut RamView { ram: &ram, pool }, image, ram_bytes, vcpu_count) {
+        let Some(pages) = Pages::new(ram_bytes, pool) else { return Err(CreateError::OutOfFrames) };
+        let mut memory = RamView { pages: &pages, pool, translations: () };
+        let state = match linux::load(&mut memory, image, ram_bytes, vcpu_count) {
             Ok(state) => state,
             Err(error) => {
-                ram.free(pool);
-                nested.free(pool);
+                // SAFETY: no vCPU and no clone was made of it.
+                unsafe { pages.free(pool) };
                 return Err(match error {
                     BootError::Memory(MemoryError::OutOfFrames) => CreateError::OutOfFrames,
                     other => CreateError::Boot(other),
@@ -187,7 +225,7 @@ impl<B: Backend> Machine<B> {
                 0 => (state, Activity::Running),
                 _ => (vcpu.init(), Activity::WaitsForStartUp),
             };
-            let hardware = node.backend.vcpu(nested.root(), &state);
+            let hardware = node.backend.vcpu(pages.root(), &state);
             VcpuCell::new(hardware, vcpu, offset, activity, components)
         };
         let vcpus: Box<[_]> = (0..vcpu_count).map(vcpu).collect();
@@ -211,16 +249,16 @@ impl<B: Backend> Machine<B> {
             stuck: AtomicUsize::new(vcpus.len().saturating_sub(1)),
             vcpus,
             router: InterruptRouter::new(vcpu_count),
-            ram,
+            pages,
             size: *size,
             devices: Mutex::new(devices),
-            nested: Mutex::new(nested),
             end: Once::new(),
             is_over: AtomicBool::new(false),
             is_booting: AtomicBool::new(true),
             has_work: AtomicBool::new(false),
+            template: None,
         };
-        if machine.map_backed(pool) && machine.map_config_space(pool) {
+        if machine.map_config_space(pool) {
             Ok(machine)
         } else {
             machine.free(node);
@@ -228,35 +266,87 @@ impl<B: Backend> Machine<B> {
         }
     }
 
-    /// Maps what loading has already touched, so that it does not fault.
-    fn map_backed(&mut self, pool: &FramePool) -> bool {
-        let nested = self.nested.get_mut();
-        self.ram.backed().all(|(at, frame)| nested.map(at, frame, pool))
+    /// A clone.
+    pub(super) fn resumed(
+        vcpus: Box<[VcpuCell<B>]>,
+        router: InterruptRouter,
+        pages: Pages<B::Entry>,
+        size: Size,
+        devices: Devices,
+        stuck: usize,
+        template: Arc<Template<B>>,
+    ) -> Self {
+        Self {
+            vcpus,
+            router,
+            pages,
+            size,
+            devices: Mutex::new(devices),
+            end: Once::new(),
+            is_over: AtomicBool::new(false),
+            is_booting: AtomicBool::new(false),
+            has_work: AtomicBool::new(false),
+            stuck: AtomicUsize::new(stuck),
+            template: Some(template),
+        }
+    }
+
+    /// What it is made of, and what it is a clone of. No core has any of its vCPUs.
+    pub(super) fn into_parts(self) -> (Parts<B>, Option<Arc<Template<B>>>) {
+        let Self { vcpus, router, pages, size, devices, template, .. } = self;
+        (Parts { vcpus, router, pages, size, devices: devices.into_inner() }, template)
+    }
+
+    /// What it is a clone of.
+    pub fn template(&self) -> Option<&Arc<Template<B>>> {
+        self.template.as_ref()
+    }
+
+    /// Why it cannot be frozen now, if it cannot.
+    pub fn unrest(&self) -> Option<&'static str> {
+        let devices = self.devices.lock();
+        let volume = devices.volume.as_ref().and_then(Volume::unrest);
+        devices.platform.unrest().or(volume)
+    }
+
+    /// Whether all its vCPUs wait for something.
+    pub fn is_idle(&self) -> bool {
+        self.vcpus.iter().all(|cell| cell.place() == Place::Resting)
+    }
+
+    /// It was stopped, has not ended and goes on. No core has any of its vCPUs.
+    pub fn resume(&self) {
+        self.is_over.store(false, Ordering::SeqCst);
     }
 
     fn map_config_space(&mut self, pool: &FramePool) -> bool {
         let Devices { platform, config_space, .. } = self.devices.get_mut();
-        config_space.map(platform, self.nested.get_mut(), pool)
+        config_space.map(platform, &self.pages, pool)
     }
 
     /// Gives every frame back. No core has any of its vCPUs.
     pub fn free(self, node: &Node<B>) {
         let pool = &node.pool;
         drop(self.vcpus);
-        self.nested.into_inner().free(pool);
+        if let Some(template) = &self.template {
+            template.learn(self.pages.copied_pages() as u64, self.pages.take_record());
+        }
         let Devices { config_space, volume, .. } = self.devices.into_inner();
         config_space.free(pool);
-        self.ram.free(pool);
+        // SAFETY: the vCPUs are gone, and only a template has clones.
+        unsafe { self.pages.free(pool) };
         if let Some(volume) = volume {
             let slabs = volume.into_slabs(&mut node.storage.lock().backing);
             slabs.for_each(|slab| pool.free_large(slab.into_frame()));
         }
+        // Last: until here its pages led to the template's.
+        drop(self.template);
     }
 
-    /// Bytes of memory behind its RAM and the changes on its disk.
+    /// Bytes of memory that are its own: RAM, nested page tables, and the changes on its disk.
     pub fn memory_bytes(&self) -> u64 {
         let slabs = self.devices.lock().volume.as_ref().map_or(0, Volume::slabs);
-        self.ram.backed_bytes() + slabs as u64 * LARGE_FRAME
+        self.pages.private_bytes() + slabs as u64 * LARGE_FRAME
     }
 
     /// What went wrong with its disk for want of memory.
@@ -265,8 +355,8 @@ impl<B: Backend> Machine<B> {
     }
 
     /// RAM as devices and emulation see it.
-    pub(super) fn memory<'a>(&'a self, node: &'a Node<B>) -> RamView<'a> {
-        RamView { ram: &self.ram, pool: &node.pool }
+    pub(super) fn memory<'a>(&'a self, node: &'a Node<B>) -> MachineMemory<'a, B> {
+        RamView { pages: &self.pages, pool: &node.pool, translations: Processors { machine: self, node } }
     }
 
     /// Lets `work` use the devices, and settles what comes of it: queues are worked on, interrupts go to their vCPUs, an end is noticed.
@@ -333,7 +423,9 @@ impl<B: Backend> Machine<B> {
         node.poll_storage(&mut storage);
         let Some(volume) = volume else { return };
         if volume.wants_slab() {
-            volume.give_slab(node.pool.large().map(PrivateFrame::new));
+            let may_take = self.template.is_none() || node.pool.has_unpromised();
+            let slab = if may_take { node.pool.large() } else { None };
+            volume.give_slab(slab.map(PrivateFrame::new));
             platform.wake_disk();
         }
         if let Some(reason) = volume.fault() {
@@ -366,19 +458,22 @@ impl<B: Backend> Machine<B> {
         }
     }
 
-    /// A large page of RAM was touched: maps it. False when the pool is empty.
-    pub(super) fn map(&self, node: &Node<B>, at: GuestPhysAddr) -> bool {
-        match self.ram.back(at, &node.pool) {
-            Ok(frame) => self.nested.lock().map(at, frame, &node.pool),
-            Err(_) => false,
+    /// A page of RAM was touched that is not there, or written to that is the template's: gives the machine its own. False when the pool is empty.
+    pub(super) fn back(&self, node: &Node<B>, at: GuestPhysAddr) -> bool {
+        let change = self.pages.make_private(at, &node.pool);
+        if change == Ok(Change::Moved) {
+            self.drop_translations(node);
         }
+        change.is_ok()
     }
 
     /// Shows the guest what a write to configuration space has changed there.
     pub(super) fn update_config_space(&self, node: &Node<B>, devices: &mut Devices) {
         let Devices { platform, config_space, .. } = devices;
-        if config_space.update(platform, &mut self.nested.lock(), &node.pool) {
-            self.drop_translations(node);
+        match config_space.update(platform, &self.pages, &node.pool) {
+            Ok(true) => self.drop_translations(node),
+            Ok(false) => {}
+            Err(_) => self.end(node, || End::OutOfFrames),
         }
     }
 

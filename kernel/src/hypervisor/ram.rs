@@ -1,125 +1,88 @@
-//! A machine's RAM: 2 MiB frames, taken from the pool when first touched.
-//!
-//! Any core reaches it at any time without a lock: a frame, once there, stays for as long as the machine.
+//! A machine's RAM as devices and emulation reach it: by the same table as the processor, without a lock.
 
-use crate::memory::frames::{FramePool, LARGE_FRAME, LargeFrame};
-use alloc::boxed::Box;
+use super::nested::NestedEntry;
+use super::pages::{Change, Pages};
+use crate::memory::frames::{FramePool, SMALL_FRAME};
 use core::ptr;
 use core::sync::atomic::{Ordering, compiler_fence};
 use nestling_machine::address::GuestPhysAddr;
-use nestling_machine::layout::{HIGH_RAM_START, LOW_RAM_END};
+use nestling_machine::layout::LOW_RAM_END;
 use nestling_machine::memory::{GuestMemory, MemoryError};
-use spin::Once;
 
-/// The frames behind a machine's RAM, by number of the 2 MiB page.
-pub struct Ram {
-    frames: Box<[Once<LargeFrame>]>,
+/// What has to happen when a page moves: see [`Change::Moved`].
+pub trait Translations {
+    /// Sees to it that no processor uses what it has cached of the machine's translations any more.
+    fn drop_all(&self);
 }
 
-impl Ram {
-    /// RAM of `bytes`, a multiple of 2 MiB, none of it backed yet.
-    pub fn new(bytes: u64) -> Self {
-        Self { frames: (0..bytes / LARGE_FRAME).map(|_| Once::new()).collect() }
-    }
-
-    /// Bytes that are backed by frames.
-    pub fn backed_bytes(&self) -> u64 {
-        self.frames.iter().filter(|frame| frame.is_completed()).count() as u64 * LARGE_FRAME
-    }
-
-    /// Index of the page that holds `at`; `None` where there is no RAM.
-    fn index(&self, at: GuestPhysAddr) -> Option<usize> {
-        let offset = match at.0 {
-            low if low < LOW_RAM_END => low,
-            high => high.checked_sub(HIGH_RAM_START)?.checked_add(LOW_RAM_END)?,
-        };
-        let index = usize::try_from(offset / LARGE_FRAME).ok()?;
-        (index < self.frames.len()).then_some(index)
-    }
-
-    /// Whether `at` is RAM.
-    pub fn contains(&self, at: GuestPhysAddr) -> bool {
-        self.index(at).is_some()
-    }
-
-    /// The frame behind `at`, taken from the pool if there was none.
-    ///
-    /// # Errors
-    /// [`MemoryError::NotRam`], or [`MemoryError::OutOfFrames`] when the pool is empty.
-    pub fn back(&self, at: GuestPhysAddr, pool: &FramePool) -> Result<&LargeFrame, MemoryError> {
-        let slot = self.index(at).and_then(|index| self.frames.get(index));
-        let slot = slot.ok_or(MemoryError::NotRam { at, length: 1 })?;
-        // Of several cores that touch a page at once, one takes the frame and the others wait for it.
-        slot.try_call_once(|| pool.large().ok_or(MemoryError::OutOfFrames))
-    }
-
-    /// Every backed page: its guest physical address and its frame.
-    pub fn backed(&self) -> impl Iterator<Item = (GuestPhysAddr, &LargeFrame)> {
-        self.frames.iter().enumerate().filter_map(|(index, frame)| {
-            let offset = index as u64 * LARGE_FRAME;
-            let at = if offset < LOW_RAM_END { offset } else { offset - LOW_RAM_END + HIGH_RAM_START };
-            frame.get().map(|frame| (GuestPhysAddr(at), frame))
-        })
-    }
-
-    /// Gives every frame back.
-    pub fn free(self, pool: &FramePool) {
-        for frame in self.frames.into_iter().filter_map(Once::try_into_inner) {
-            pool.free_large(frame);
-        }
-    }
+/// A machine that no processor runs yet.
+impl Translations for () {
+    fn drop_all(&self) {}
 }
 
 /// RAM together with the pool that new frames come from: what devices and emulation see.
-pub struct RamView<'a> {
-    /// The machine's RAM.
-    pub ram: &'a Ram,
+pub struct RamView<'a, E, T> {
+    /// The machine's memory.
+    pub pages: &'a Pages<E>,
     /// The node's frames.
     pub pool: &'a FramePool,
+    /// The processors that run it.
+    pub translations: T,
 }
 
-/// Splits a range at 2 MiB borders: offset of each piece within the range, its address, its length.
-fn pieces(at: GuestPhysAddr, length: usize) -> impl Iterator<Item = (usize, GuestPhysAddr, usize)> {
-    let mut done = 0;
-    core::iter::from_fn(move || {
-        if done >= length {
-            return None;
+impl<E: NestedEntry, T> RamView<'_, E, T> {
+    /// Whether a range is RAM.
+    fn check(&self, at: GuestPhysAddr, length: usize) -> Result<(), MemoryError> {
+        let refused = MemoryError::NotRam { at, length };
+        let last = at.0.checked_add((length as u64).saturating_sub(1)).ok_or(refused)?;
+        // RAM is in two pieces, and what lies between them is longer than any buffer.
+        let is_ram = self.pages.contains(at) && self.pages.contains(GuestPhysAddr(last));
+        if length == 0 || is_ram && (at.0 < LOW_RAM_END) == (last < LOW_RAM_END) {
+            Ok(())
+        } else {
+            Err(refused)
         }
-        let address = at.0.wrapping_add(done as u64);
-        let room = (LARGE_FRAME - address % LARGE_FRAME) as usize;
-        let piece = (done, GuestPhysAddr(address), room.min(length - done));
-        done += piece.2;
-        Some(piece)
-    })
+    }
 }
 
-impl GuestMemory for RamView<'_> {
+impl<E: NestedEntry, T: Translations> GuestMemory for RamView<'_, E, T> {
     fn read(&self, at: GuestPhysAddr, into: &mut [u8]) -> Result<(), MemoryError> {
-        let refused = MemoryError::NotRam { at, length: into.len() };
-        for (offset, address, length) in pieces(at, into.len()) {
-            let index = self.ram.index(address).ok_or(refused)?;
-            let target = into.get_mut(offset..offset + length).ok_or(refused)?;
-            match self.ram.frames.get(index).and_then(Once::get) {
-                // SAFETY: the frame is owned by this machine and identity-mapped; the piece does not cross its end.
-                Some(frame) => unsafe {
-                    read((frame.address() + address.0 % LARGE_FRAME) as *const u8, target);
-                },
-                None => target.fill(0),
+        self.check(at, into.len())?;
+        let (mut at, mut rest) = (at, into);
+        while !rest.is_empty() {
+            let place = self.pages.find(at);
+            let room = place.map_or(SMALL_FRAME - at.0 % SMALL_FRAME, |place| place.room);
+            let length = rest.len().min(usize::try_from(room).unwrap_or(usize::MAX));
+            let (piece, behind) = rest.split_at_mut(length);
+            match place {
+                // SAFETY: the page is this machine's or its template's, identity-mapped, and the piece does not cross its end.
+                Some(place) => unsafe { read(place.physical as *const u8, piece) },
+                None => piece.fill(0),
             }
+            (at, rest) = (GuestPhysAddr(at.0.wrapping_add(length as u64)), behind);
         }
         Ok(())
     }
 
     fn write(&mut self, at: GuestPhysAddr, from: &[u8]) -> Result<(), MemoryError> {
-        let refused = MemoryError::NotRam { at, length: from.len() };
-        for (offset, address, length) in pieces(at, from.len()) {
-            let source = from.get(offset..offset + length).ok_or(refused)?;
-            let frame = self.ram.back(address, self.pool).map_err(|error| match error {
-                MemoryError::NotRam { .. } => refused,
-                other => other,
-            })?;
-            // SAFETY: as in `read`; L1's own buffers are never inside a machine's frame.
-            unsafe { write((frame.address() + address.0 % LARGE_FRAME) as *mut u8, source) };
+        self.check(at, from.len())?;
+        let (mut at, mut rest) = (at, from);
+        while !rest.is_empty() {
+            let place = match self.pages.find(at).filter(|place| place.is_private) {
+                Some(place) => place,
+                None => {
+                    if self.pages.make_private(at, self.pool)? == Change::Moved {
+                        self.translations.drop_all();
+                    }
+                    let found = self.pages.find(at).filter(|place| place.is_private);
+                    found.ok_or(MemoryError::OutOfFrames)?
+                }
+            };
+            let length = rest.len().min(usize::try_from(place.room).unwrap_or(usize::MAX));
+            let (piece, behind) = rest.split_at(length);
+            // SAFETY: the page is this machine's own, identity-mapped, and the piece does not cross its end; L1's own buffers are never in one.
+            unsafe { write(place.physical as *mut u8, piece) };
+            (at, rest) = (GuestPhysAddr(at.0.wrapping_add(length as u64)), behind);
         }
         Ok(())
     }

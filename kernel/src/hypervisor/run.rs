@@ -3,9 +3,8 @@
 use super::backend::{Backend, VendorVcpu};
 use super::cores::Core;
 use super::exit::Exit;
-use super::machine::{End, Machine};
+use super::machine::{End, Machine, MachineMemory};
 use super::node::Node;
-use super::ram::RamView;
 use super::vcpu::{Activity, Own, VcpuCell, VcpuRef};
 use crate::cpu::{self, barriers, clock, interrupts};
 use core::ops::RangeInclusive;
@@ -142,8 +141,8 @@ impl<'a, B: Backend> Run<'a, B> {
         self.own.offset.guest(clock::tsc())
     }
 
-    pub(super) fn memory(&self) -> RamView<'a> {
-        RamView { ram: &self.machine.ram, pool: &self.node.pool }
+    pub(super) fn memory(&self) -> MachineMemory<'a, B> {
+        self.machine.memory(self.node)
     }
 
     /// Ends the machine.

@@ -76,6 +76,39 @@ pub struct Own<B: Backend> {
     breakpoints: BreakpointAddresses,
 }
 
+/// A vCPU of a template.
+pub struct FrozenVcpu<B: Backend> {
+    hardware: <B::Vcpu as VendorVcpu>::Snapshot,
+    vcpu: Vcpu,
+    offset: TscOffset,
+    activity: Activity,
+    is_stuck: bool,
+    xsave: XsaveArea,
+    breakpoints: BreakpointAddresses,
+}
+
+impl<B: Backend> FrozenVcpu<B> {
+    /// Whether it counts among those that only another vCPU can wake.
+    pub const fn is_stuck(&self) -> bool {
+        self.is_stuck
+    }
+}
+
+impl<B: Backend> Own<B> {
+    /// What it is, to be made again from. It is on no core, and is not run any more.
+    pub fn freeze(mut self) -> FrozenVcpu<B> {
+        FrozenVcpu {
+            hardware: self.hardware.freeze(),
+            vcpu: self.vcpu,
+            offset: self.offset,
+            activity: self.activity,
+            is_stuck: self.is_stuck,
+            xsave: self.xsave,
+            breakpoints: self.breakpoints,
+        }
+    }
+}
+
 impl<B: Backend> VcpuCell<B> {
     /// A vCPU with this state. `components` are the XSAVE components of the node.
     pub fn new(
@@ -86,18 +119,40 @@ impl<B: Backend> VcpuCell<B> {
         components: u64,
     ) -> Self {
         hardware.set_tsc_offset(offset.0);
+        Self::with(Own {
+            hardware,
+            vcpu,
+            offset,
+            activity,
+            is_stuck: activity != Activity::Running,
+            last_exit: None,
+            exceptions_in_a_row: 0,
+            xsave: XsaveArea::new(components),
+            breakpoints: BreakpointAddresses::default(),
+        })
+    }
+
+    /// A vCPU that goes on where `frozen` stopped, its time-stamp counter included, which the guest finds as it was at `frozen_at` of the host's.
+    pub fn thaw(backend: &B, nested_root: u64, frozen: &FrozenVcpu<B>, frozen_at: u64) -> Self {
+        let mut hardware = backend.thaw(nested_root, &frozen.hardware);
+        let offset = TscOffset(frozen.offset.0.wrapping_add(frozen_at).wrapping_sub(clock::tsc()));
+        hardware.set_tsc_offset(offset.0);
+        Self::with(Own {
+            hardware,
+            vcpu: frozen.vcpu.clone(),
+            offset,
+            activity: frozen.activity,
+            is_stuck: frozen.is_stuck,
+            last_exit: None,
+            exceptions_in_a_row: 0,
+            xsave: frozen.xsave.clone(),
+            breakpoints: frozen.breakpoints,
+        })
+    }
+
+    fn with(own: Own<B>) -> Self {
         Self {
-            own: Mutex::new(Own {
-                hardware,
-                vcpu,
-                offset,
-                activity,
-                is_stuck: activity != Activity::Running,
-                last_exit: None,
-                exceptions_in_a_row: 0,
-                xsave: XsaveArea::new(components),
-                breakpoints: BreakpointAddresses::default(),
-            }),
+            own: Mutex::new(own),
             place: AtomicU8::new(Place::Ready as u8),
             core: AtomicUsize::new(0),
             is_loaded: AtomicBool::new(false),
@@ -107,6 +162,11 @@ impl<B: Backend> VcpuCell<B> {
             exits: ExitCounters::default(),
             accesses: AtomicU64::new(0),
         }
+    }
+
+    /// Its state, where no core has it.
+    pub fn into_own(self) -> Own<B> {
+        self.own.into_inner()
     }
 
     /// Where it stands.

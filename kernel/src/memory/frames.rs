@@ -3,9 +3,13 @@
 //! A frame is owned by whoever holds its value; it cannot be copied, and it is zero when it is handed out. Frames come back
 //! dirty and are zeroed before anyone sees them again: in idle time where there is some, otherwise when they are handed out.
 
+mod splits;
+
 use alloc::vec::Vec;
+use core::sync::atomic::{AtomicUsize, Ordering};
 use core::{ptr, slice};
 use spin::Mutex;
+use splits::Splits;
 
 /// Bytes of a large frame.
 pub const LARGE_FRAME: u64 = 2 << 20;
@@ -29,12 +33,61 @@ impl LargeFrame {
     pub const fn address(&self) -> u64 {
         self.0
     }
+
+    /// Takes the frame over whose address [`Self::into_address`] gave.
+    ///
+    /// # Safety
+    /// The address came from there, and no other value is made from it.
+    pub const unsafe fn from_address(address: u64) -> Self {
+        Self(address)
+    }
+
+    /// Leaves the frame to whoever keeps its address: a page table that it is entered in.
+    pub const fn into_address(self) -> u64 {
+        self.0
+    }
 }
 
 impl SmallFrame {
     /// Physical (and L1 virtual) address.
     pub const fn address(&self) -> u64 {
         self.0
+    }
+
+    /// Takes the frame over whose address [`Self::into_address`] gave.
+    ///
+    /// # Safety
+    /// The address came from there, and no other value is made from it.
+    pub const unsafe fn from_address(address: u64) -> Self {
+        Self(address)
+    }
+
+    /// Leaves the frame to whoever keeps its address: a page table that it is entered in.
+    pub const fn into_address(self) -> u64 {
+        self.0
+    }
+}
+
+/// An owned 4 KiB frame with what its last owner left in it. Nobody sees it before it is overwritten as a whole.
+#[derive(Debug)]
+#[must_use = "a frame that is dropped is lost: fill it"]
+pub struct UnfilledFrame(u64);
+
+impl UnfilledFrame {
+    /// The frame with a copy of `content`.
+    pub fn copy(self, content: &[u8; SMALL_FRAME as usize]) -> SmallFrame {
+        // SAFETY: the frame is this value's own and identity-mapped, and a page long; `content` is another.
+        unsafe { ptr::copy_nonoverlapping(content.as_ptr(), self.0 as *mut u8, content.len()) };
+        SmallFrame(self.0)
+    }
+
+    /// The frame with these words.
+    pub fn fill(self, mut word: impl FnMut(usize) -> u64) -> SmallFrame {
+        for index in 0..SMALL_FRAME as usize / 8 {
+            // SAFETY: as in `copy`; the index stays within the page.
+            unsafe { ptr::write((self.0 as *mut u64).add(index), word(index)) };
+        }
+        SmallFrame(self.0)
     }
 }
 
@@ -69,18 +122,11 @@ impl AsMut<[u8]> for PrivateFrame {
     }
 }
 
-/// A large frame handed out as small ones; a set bit is a free small frame.
-struct Split {
-    base: u64,
-    free: [u64; SMALL_PER_LARGE / 64],
-    count: usize,
-}
-
 /// The frames that nobody owns.
 struct Free {
     clean: Vec<u64>,
     dirty: Vec<u64>,
-    split: Vec<Split>,
+    splits: Splits,
     /// Frames that a core is zeroing ahead of need: in no list, and soon in `clean`.
     in_work: usize,
 }
@@ -90,20 +136,23 @@ struct Free {
 pub struct FramePool {
     free: Mutex<Free>,
     total_large: usize,
+    /// See [`Self::promise`].
+    promised: AtomicUsize,
 }
 
 impl FramePool {
     /// An empty pool.
     pub const fn new() -> Self {
-        let free = Free { clean: Vec::new(), dirty: Vec::new(), split: Vec::new(), in_work: 0 };
-        Self { free: Mutex::new(free), total_large: 0 }
+        let free = Free { clean: Vec::new(), dirty: Vec::new(), splits: Splits::new(), in_work: 0 };
+        Self { free: Mutex::new(free), total_large: 0, promised: AtomicUsize::new(0) }
     }
 
     /// Adds usable RAM; both ends are multiples of 2 MiB.
     pub fn add(&mut self, start: u64, end: u64) {
         let frames = (start..end).step_by(LARGE_FRAME as usize);
         self.total_large += frames.clone().count();
-        let Free { clean, dirty, .. } = self.free.get_mut();
+        let Free { clean, dirty, splits, .. } = self.free.get_mut();
+        splits.cover(start, end);
         dirty.extend(frames);
         // Freeing must not need memory: room for every frame in both lists.
         dirty.reserve(self.total_large - dirty.len());
@@ -114,8 +163,18 @@ impl FramePool {
     pub fn counts(&self) -> (usize, usize) {
         let free = self.free.lock();
         let large = free.clean.len() + free.dirty.len() + free.in_work;
-        let small: usize = free.split.iter().map(|split| split.count).sum();
-        (large * SMALL_PER_LARGE + small, self.total_large * SMALL_PER_LARGE)
+        (large * SMALL_PER_LARGE + free.splits.free_frames(), self.total_large * SMALL_PER_LARGE)
+    }
+
+    /// So many 4 KiB frames are promised to machines that have yet to take them.
+    pub fn promise(&self, frames: usize) {
+        self.promised.store(frames, Ordering::Relaxed);
+    }
+
+    /// Whether there is a frame for one to whom none was promised.
+    pub fn has_unpromised(&self) -> bool {
+        let promised = self.promised.load(Ordering::Relaxed);
+        promised == 0 || self.counts().0 > promised
     }
 
     /// A zeroed 2 MiB frame; `None` when there is none.
@@ -163,22 +222,25 @@ impl FramePool {
 
     /// A zeroed 4 KiB frame; `None` when there is none.
     pub fn small(&self) -> Option<SmallFrame> {
-        let split = self.free.lock().take_small();
-        let address = match split {
-            Some(address) => address,
-            None => {
-                let (base, _) = self.take()?;
-                let mut free = self.free.lock();
-                free.split.push(Split {
-                    base,
-                    free: [u64::MAX; SMALL_PER_LARGE / 64],
-                    count: SMALL_PER_LARGE,
-                });
-                free.take_small()?
-            }
-        };
+        let address = self.take_small()?;
         zero(address, SMALL_FRAME);
         Some(SmallFrame(address))
+    }
+
+    /// A 4 KiB frame to be overwritten as a whole; `None` when there is none.
+    pub fn unfilled(&self) -> Option<UnfilledFrame> {
+        self.take_small().map(UnfilledFrame)
+    }
+
+    fn take_small(&self) -> Option<u64> {
+        let split = self.free.lock().splits.take();
+        if split.is_some() {
+            return split;
+        }
+        let (base, _) = self.take()?;
+        let mut free = self.free.lock();
+        free.splits.add(base);
+        free.splits.take()
     }
 
     /// Takes a 2 MiB frame back.
@@ -188,18 +250,9 @@ impl FramePool {
 
     /// Takes a 4 KiB frame back.
     pub fn free_small(&self, frame: SmallFrame) {
-        let base = frame.0 & !(LARGE_FRAME - 1);
         let mut free = self.free.lock();
-        let Some(position) = free.split.iter().position(|split| split.base == base) else {
-            unreachable!("a small frame always comes from a split large one");
-        };
-        let split = &mut free.split[position];
-        let index = ((frame.0 - base) / SMALL_FRAME) as usize;
-        split.free[index / 64] |= 1 << (index % 64);
-        split.count += 1;
-        if split.count == SMALL_PER_LARGE {
-            free.split.swap_remove(position);
-            free.dirty.push(base);
+        if let Some(whole) = free.splits.give_back(frame.0) {
+            free.dirty.push(whole);
         }
     }
 
@@ -216,17 +269,6 @@ impl FramePool {
         free.in_work -= 1;
         free.clean.push(address);
         true
-    }
-}
-
-impl Free {
-    fn take_small(&mut self) -> Option<u64> {
-        let split = self.split.iter_mut().find(|split| split.count > 0)?;
-        let (index, word) = split.free.iter_mut().enumerate().find(|(_, word)| **word != 0)?;
-        let bit = word.trailing_zeros();
-        *word &= !(1 << bit);
-        split.count -= 1;
-        Some(split.base + (index as u64 * 64 + u64::from(bit)) * SMALL_FRAME)
     }
 }
 

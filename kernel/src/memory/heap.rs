@@ -54,6 +54,14 @@ impl Pages {
         }
     }
 
+    /// Other pages with the same content.
+    pub fn duplicate(&self) -> Self {
+        let copy = Self::new(self.layout.size() / 4096);
+        // SAFETY: both have this size, are initialised, and are two allocations.
+        unsafe { core::ptr::copy_nonoverlapping(self.as_ptr(), copy.as_ptr(), self.layout.size()) };
+        copy
+    }
+
     /// The first byte.
     pub fn as_ptr(&self) -> *mut u8 {
         self.start.as_ptr()

@@ -14,22 +14,38 @@ use alloc::vec::Vec;
 use nestling_api::Clock;
 use nestling_api::jobs::{JobId, JobStore, QueuedJob};
 use nestling_api::time::MILLISECOND;
-use nestling_api::types::{MachineConfig, WaitingFor};
+use nestling_api::types::{self, MachineConfig, WaitingFor};
 
 use super::images::Image;
 use super::machines::{AgentLink, CreateError, DiskSpec, MachineSpec, Machines};
 use super::network::{self, MachineNetwork};
+use super::templates::{Key, Templates, Way, not_frozen};
 
 /// How many bytes are carried in one step.
 const CHUNK: usize = 32 * 1024;
 /// How often a running job's exit counts and memory are brought up to date.
 const FIGURES_INTERVAL_NS: u64 = 500 * MILLISECOND;
+/// How long a machine whose agent has connected may go on until it is idle; then it is frozen as it is, once its devices are at rest.
+const SETTLE_NS: u64 = 1000 * MILLISECOND;
+/// How long its devices may take to come to rest. Then the job goes on in the machine itself.
+const FREEZE_NS: u64 = 3000 * MILLISECOND;
+/// How often to look.
+const LOOK_NS: u64 = 5 * MILLISECOND;
 /// Frames of 4 KiB in a MiB.
 const FRAMES_PER_MIB: u64 = 256;
+
+/// A machine that is to become a template.
+struct Warming {
+    key: Key,
+    /// When its agent had connected, monotonic nanoseconds.
+    since: Option<u64>,
+}
 
 /// A job with its machine.
 struct Run<Id> {
     job: JobId,
+    /// The machine is to be frozen before the job begins.
+    warming: Option<Warming>,
     machine: Id,
     connected: bool,
     hung_up: bool,
@@ -37,16 +53,21 @@ struct Run<Id> {
 }
 
 /// The jobs that have machines.
-pub struct Engine<Id> {
+pub struct Engine<Id, T> {
     runs: Vec<Run<Id>>,
+    templates: Templates<T>,
     buffer: Box<[u8]>,
 }
 
-impl<Id: Copy> Engine<Id> {
-    /// No jobs.
+impl<Id: Copy, T: Copy + PartialEq> Engine<Id, T> {
+    /// No jobs, and no templates; without `with_templates` there never will be one.
     #[must_use]
-    pub fn new() -> Self {
-        Self { runs: Vec::new(), buffer: vec![0; CHUNK].into_boxed_slice() }
+    pub fn new(with_templates: bool) -> Self {
+        Self {
+            runs: Vec::new(),
+            templates: Templates::new(with_templates),
+            buffer: vec![0; CHUNK].into_boxed_slice(),
+        }
     }
 
     /// Jobs that have a machine now.
@@ -55,8 +76,21 @@ impl<Id: Copy> Engine<Id> {
         self.runs.len()
     }
 
+    /// The templates there are.
+    #[must_use]
+    pub fn templates<M: Machines<Id = Id, Template = T>>(&self, machines: &M) -> Vec<types::Template> {
+        self.templates.describe(machines)
+    }
+
+    /// When [`Self::poll`] next has something to do that nobody else tells of, monotonic nanoseconds.
+    #[must_use]
+    pub fn deadline(&self, now: Clock) -> Option<u64> {
+        let is_settling = |run: &Run<Id>| run.warming.as_ref().is_some_and(|warming| warming.since.is_some());
+        self.runs.iter().any(is_settling).then(|| now.monotonic_ns.saturating_add(LOOK_NS))
+    }
+
     /// Does all there is to do now.
-    pub fn poll<M: Machines<Id = Id>>(
+    pub fn poll<M: Machines<Id = Id, Template = T>>(
         &mut self,
         jobs: &mut JobStore,
         images: &[Image],
@@ -65,10 +99,13 @@ impl<Id: Copy> Engine<Id> {
         now: Clock,
     ) {
         jobs.poll(now);
-        let Self { runs, buffer } = self;
+        let Self { runs, templates, buffer } = self;
         runs.retain_mut(|run| {
+            run.warm(templates, jobs, machines, network, now);
             let machine = run.machine;
-            machines.with_agent(machine, |agent| run.carry(jobs, agent, buffer, now));
+            if run.warming.is_none() {
+                machines.with_agent(machine, |agent| run.carry(jobs, agent, buffer, now));
+            }
             if now.monotonic_ns >= run.figures_due {
                 run.figures_due = now.monotonic_ns.saturating_add(FIGURES_INTERVAL_NS);
                 let (exits, peak_mib) = machines.figures(run.machine);
@@ -77,9 +114,12 @@ impl<Id: Copy> Engine<Id> {
             // A machine that has ended by itself may have left output that a slow reader of the log does not
             // let through yet.
             let unread = machines.with_agent(run.machine, |agent| agent.readable());
-            let drained = unread.is_none_or(|bytes| bytes == 0);
+            let drained = unread.is_none_or(|bytes| bytes == 0) || run.warming.is_some();
             let over = jobs.finished(run.job) || (drained && machines.ended(run.machine).is_some());
             if over {
+                if let Some(warming) = run.warming.take() {
+                    templates.abandon(&warming.key);
+                }
                 network.remove(run.job);
                 let report = machines.destroy(run.machine);
                 log::debug!("job {}: machine ended: {:?}", run.job, report.end);
@@ -92,8 +132,8 @@ impl<Id: Copy> Engine<Id> {
                 jobs.waits_for(job.id, WaitingFor::Machines);
                 break;
             }
-            match create(&job, images, machines) {
-                Ok(machine) if jobs.start(job.id, now) => {
+            match make(&job, images, &mut self.templates, machines) {
+                Ok((machine, warming)) if jobs.start(job.id, now) => {
                     log::debug!(
                         "job {}: machine of {} MiB from image {}",
                         job.id,
@@ -101,15 +141,28 @@ impl<Id: Copy> Engine<Id> {
                         job.image
                     );
                     network.add(machine, job.id, job.egress);
+                    let warming = match warming {
+                        Origin::Clone => {
+                            jobs.cloned(job.id, now);
+                            None
+                        }
+                        Origin::Boot => None,
+                        Origin::BootAndFreeze(key) => {
+                            self.templates.begin(&key).then_some(Warming { key, since: None })
+                        }
+                    };
                     self.runs.push(Run {
                         job: job.id,
+                        warming,
                         machine,
                         connected: false,
                         hung_up: false,
                         figures_due: now.monotonic_ns,
                     });
                 }
-                Ok(machine) => drop(machines.destroy(machine)),
+                Ok((machine, _)) => drop(machines.destroy(machine)),
+                // What nobody uses goes before anybody waits.
+                Err(CreateError::Busy(WaitingFor::Memory)) if self.templates.evict(machines) => {}
                 // Another machine's end makes room.
                 Err(CreateError::Busy(what)) if !self.runs.is_empty() => {
                     jobs.waits_for(job.id, what);
@@ -129,7 +182,95 @@ impl<Id: Copy> Engine<Id> {
     }
 }
 
+/// Where a job's machine came from.
+enum Origin {
+    Clone,
+    Boot,
+    BootAndFreeze(Key),
+}
+
+/// A machine for a job: a clone, or one that boots.
+fn make<M: Machines>(
+    job: &QueuedJob,
+    images: &[Image],
+    templates: &mut Templates<M::Template>,
+    machines: &mut M,
+) -> Result<(M::Id, Origin), CreateError> {
+    let key = images.iter().find(|image| image.name == job.image).filter(|_| !job.cold);
+    let Some(key) = key.map(|image| Key::new(image, job.machine_config)) else {
+        return Ok((create(job, images, machines)?, Origin::Boot));
+    };
+    match templates.choose(&key) {
+        Way::Clone(template) => Ok((machines.clone_template(template)?, Origin::Clone)),
+        Way::Boot => Ok((create(job, images, machines)?, Origin::Boot)),
+        Way::BootAndFreeze => Ok((create(job, images, machines)?, Origin::BootAndFreeze(key))),
+    }
+}
+
 impl<Id: Copy> Run<Id> {
+    /// Freezes the machine when it is ready for that, and gives the job a clone of it.
+    fn warm<M: Machines<Id = Id>>(
+        &mut self,
+        templates: &mut Templates<M::Template>,
+        jobs: &mut JobStore,
+        machines: &mut M,
+        network: &mut MachineNetwork<Id>,
+        now: Clock,
+    ) {
+        let Some(warming) = &mut self.warming else { return };
+        if jobs.finished(self.job) {
+            return;
+        }
+        // What the agent says first stays unread: each clone's job hears it.
+        let has_spoken = machines.with_agent(self.machine, |agent| {
+            agent.has_connected() && (agent.readable() > 0 || agent.has_finished())
+        });
+        if has_spoken != Some(true) {
+            return;
+        }
+        let since = *warming.since.get_or_insert(now.monotonic_ns);
+        let waited = now.monotonic_ns.saturating_sub(since);
+        if !machines.is_idle(self.machine) && waited < SETTLE_NS {
+            return;
+        }
+        let outcome = if machines.fits_beside_template(self.machine) {
+            machines.freeze(self.machine)
+        } else {
+            Err("the node has too little memory for a template and a machine")
+        };
+        let key = warming.key.clone();
+        match outcome {
+            Ok(template) => {
+                self.warming = None;
+                network.remove(self.job);
+                match machines.clone_template(template) {
+                    Ok(machine) => {
+                        self.machine = machine;
+                        network.add(machine, self.job, jobs.egress(self.job));
+                        jobs.cloned(self.job, now);
+                        templates.ready(&key, template);
+                        templates.keep_budget(machines);
+                    }
+                    Err(_) => {
+                        machines.drop_template(template);
+                        templates.refuse(&key);
+                        jobs.fail(
+                            self.job,
+                            "the node has too little memory for a clone of its template",
+                            now,
+                        );
+                    }
+                }
+            }
+            Err(_) if waited < FREEZE_NS => {}
+            Err(reason) => {
+                log::warn!("{}", not_frozen(key.image(), reason));
+                templates.refuse(&key);
+                self.warming = None;
+            }
+        }
+    }
+
     /// Moves bytes both ways for as long as both sides take them.
     fn carry(&mut self, jobs: &mut JobStore, agent: &mut dyn AgentLink, buffer: &mut [u8], now: Clock) {
         if !self.connected && agent.has_connected() {
@@ -206,7 +347,7 @@ mod tests {
     use nestling_api::types::{Conclusion, Status};
 
     struct Bench {
-        engine: Engine<u32>,
+        engine: Engine<u32, u32>,
         jobs: JobStore,
         machines: FakeMachines,
         network: MachineNetwork<u32>,
@@ -217,12 +358,24 @@ mod tests {
         fn new() -> Self {
             let jobs = JobStore::new(Limits::default());
             Self {
-                engine: Engine::new(),
+                engine: Engine::new(false),
                 jobs,
                 machines: FakeMachines::default(),
                 network: MachineNetwork::new([1; 32]),
                 images: vec![image("minimal")],
             }
+        }
+
+        fn with_templates() -> Self {
+            let machines = FakeMachines { limit: 4, ..FakeMachines::default() };
+            Self { engine: Engine::new(true), machines, ..Self::new() }
+        }
+
+        /// The job's machine runs it to its end.
+        fn finish(&mut self, machine: u32, ms: u64) {
+            self.say(machine, &AgentMessage::StepStarted(StepStarted { index: 0 }));
+            self.say(machine, &completed(0));
+            self.poll(ms);
         }
 
         fn poll(&mut self, ms: u64) {
@@ -386,5 +539,113 @@ mod tests {
         bench.poll(1);
         assert_eq!(bench.jobs.get(id).unwrap().conclusion, Some(Conclusion::Cancelled));
         assert!(bench.machines.alive.is_empty());
+    }
+
+    #[test]
+    fn the_first_machine_becomes_a_template_whose_clones_take_the_jobs_on_from_the_agents_hello() {
+        let mut bench = Bench::with_templates();
+        let first = queue_job(&mut bench.jobs, 1);
+        bench.poll(0);
+        bench.poll(5);
+        assert!(bench.machines.templates.is_empty(), "nobody has connected");
+        bench.hello(1);
+        bench.poll(10);
+        assert_eq!((bench.machines.templates.len(), bench.machines.alive.len()), (1, 1));
+        bench.poll(11);
+        let timings = bench.jobs.get(first).unwrap().timings;
+        assert_eq!(
+            (timings.queued_ms, timings.cloned_ms, timings.agent_ready_ms),
+            (Some(0), Some(10), Some(10))
+        );
+        let second = queue_job(&mut bench.jobs, 2);
+        bench.poll(20);
+        bench.poll(21);
+        assert_eq!((bench.machines.clones[&2], bench.machines.clones[&3]), (1, 1));
+        bench.finish(2, 22);
+        bench.finish(3, 23);
+        for job in [first, second] {
+            assert_eq!(bench.jobs.get(job).unwrap().conclusion, Some(Conclusion::Success));
+        }
+        assert!(bench.machines.alive.is_empty() && bench.machines.templates.len() == 1);
+    }
+
+    #[test]
+    fn a_machine_that_does_not_come_to_rest_is_the_jobs_own_and_the_next_ones_boot() {
+        let mut bench = Bench::with_templates();
+        bench.machines.unrest = Some("the disk has requests");
+        let first = queue_job(&mut bench.jobs, 1);
+        bench.poll(0);
+        bench.hello(1);
+        bench.poll(1);
+        bench.poll(2000);
+        assert!(bench.machines.alive[&1].from_node.is_empty(), "it still may");
+        bench.poll(3100);
+        bench.poll(3101);
+        bench.finish(1, 3102);
+        let job = bench.jobs.get(first).unwrap();
+        assert_eq!((job.conclusion, job.timings.cloned_ms), (Some(Conclusion::Success), None));
+        bench.machines.unrest = None;
+        queue_job(&mut bench.jobs, 2);
+        bench.poll(3200);
+        bench.hello(2);
+        bench.poll(3201);
+        assert!(bench.machines.templates.is_empty());
+    }
+
+    #[test]
+    fn a_busy_machine_is_given_a_while_to_settle_and_then_frozen_all_the_same() {
+        let mut bench = Bench::with_templates();
+        bench.machines.busy = true;
+        queue_job(&mut bench.jobs, 1);
+        bench.poll(0);
+        bench.hello(1);
+        bench.poll(1);
+        assert!(bench.machines.templates.is_empty() && bench.engine.deadline(at(1)).is_some());
+        bench.poll(1100);
+        assert_eq!(bench.machines.templates.len(), 1);
+        assert_eq!(bench.engine.deadline(at(1100)), None);
+    }
+
+    #[test]
+    fn a_job_that_ends_while_its_machine_boots_leaves_no_template_and_no_trace_of_one() {
+        let mut bench = Bench::with_templates();
+        let id = queue_job(&mut bench.jobs, 1);
+        bench.poll(0);
+        bench.jobs.cancel(id, at(1)).unwrap();
+        bench.poll(1);
+        assert!(bench.machines.alive.is_empty());
+        queue_job(&mut bench.jobs, 2);
+        bench.poll(2);
+        bench.hello(2);
+        bench.poll(3);
+        assert_eq!(bench.machines.templates.len(), 1, "the next one makes it");
+    }
+
+    #[test]
+    fn templates_nobody_uses_go_when_a_machine_needs_their_memory_or_others_their_budget() {
+        let mut bench = Bench::with_templates();
+        bench.images.push(image("other"));
+        bench.images[1].sha256.insert("kernel".into(), "1".into());
+        queue_job(&mut bench.jobs, 1);
+        bench.poll(0);
+        bench.hello(1);
+        bench.poll(1);
+        bench.poll(2);
+        bench.finish(2, 3);
+        assert_eq!(bench.machines.templates.len(), 1);
+        // Another digest of the same image is another template: together they are over the budget.
+        bench.images[0].sha256.insert("kernel".into(), "2".into());
+        queue_job(&mut bench.jobs, 2);
+        bench.poll(4);
+        bench.hello(3);
+        bench.poll(5);
+        bench.poll(6);
+        assert_eq!(bench.machines.templates.keys().copied().collect::<Vec<_>>(), [3]);
+        bench.finish(4, 7);
+        bench.machines.refuse = Some(CreateError::Busy(WaitingFor::Memory));
+        let refused = queue_job(&mut bench.jobs, 3);
+        bench.poll(8);
+        assert!(bench.machines.templates.is_empty());
+        assert_eq!(bench.jobs.get(refused).unwrap().conclusion, Some(Conclusion::SystemFailure));
     }
 }

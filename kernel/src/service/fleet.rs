@@ -6,7 +6,9 @@ use super::machines::{
     AgentLink, CreateError, DiskSpec, HypervisorReport, MachineSpec, Machines, NetworkLink,
 };
 use crate::cpu::clock;
-use crate::hypervisor::{self, Backend, DiskSize, End, ExitCounts, Fleet, MachineId, Size};
+use crate::hypervisor::{
+    self, Backend, DiskSize, End, ExitCounts, Fleet, MachineId, Size, TemplateFigures, TemplateId,
+};
 use crate::memory::frames::SMALL_FRAME;
 use crate::memory::heap;
 use alloc::collections::BTreeMap;
@@ -25,6 +27,8 @@ const MIB: u64 = 1 << 20;
 
 /// Unless a job asks for more, the changes on its machine's disk get one part of this many of all memory: several machines fit.
 const OVERLAY_SHARE: u64 = 8;
+/// Templates take at most one part of this many of all memory.
+const TEMPLATES_SHARE: u64 = 2;
 /// The least that is worth while.
 const OVERLAY_LEAST_BYTES: u64 = 16 * MIB;
 
@@ -81,6 +85,7 @@ fn machine_end(end: End) -> MachineEnd {
 
 impl<B: Backend> Machines for Fleet<B> {
     type Id = MachineId;
+    type Template = TemplateId;
 
     fn create(&mut self, spec: &MachineSpec<'_>) -> Result<MachineId, CreateError> {
         let (count, most) = (spec.vcpu_count as usize, self.max_machine_vcpus());
@@ -112,6 +117,43 @@ impl<B: Backend> Machines for Fleet<B> {
             hypervisor::CreateError::OutOfFrames => CreateError::Busy(WaitingFor::Memory),
             hypervisor::CreateError::Boot(_) => CreateError::Impossible(error.to_string()),
         })
+    }
+
+    fn is_idle(&self, id: MachineId) -> bool {
+        Self::is_idle(self, id)
+    }
+
+    fn fits_beside_template(&self, id: MachineId) -> bool {
+        Self::fits_beside_template(self, id)
+    }
+
+    fn freeze(&mut self, id: MachineId) -> Result<TemplateId, &'static str> {
+        Self::freeze(self, id)
+    }
+
+    fn clone_template(&mut self, template: TemplateId) -> Result<MachineId, CreateError> {
+        let Some(vcpus) = self.template_vcpus(template) else {
+            return Err(CreateError::Busy(WaitingFor::Memory));
+        };
+        if self.vcpus() + vcpus > self.max_vcpus() {
+            return Err(CreateError::Busy(WaitingFor::Cores));
+        }
+        if !self.fits_clone(template) {
+            return Err(CreateError::Busy(WaitingFor::Memory));
+        }
+        Self::clone_template(self, template).map_err(|_| CreateError::Busy(WaitingFor::Memory))
+    }
+
+    fn drop_template(&mut self, template: TemplateId) {
+        Self::drop_template(self, template);
+    }
+
+    fn template_figures(&self, template: TemplateId) -> Option<TemplateFigures> {
+        Self::template_figures(self, template)
+    }
+
+    fn template_budget_bytes(&self) -> u64 {
+        self.frames().1 as u64 * SMALL_FRAME / TEMPLATES_SHARE
     }
 
     fn with_agent<R>(&mut self, id: MachineId, work: impl FnOnce(&mut dyn AgentLink) -> R) -> Option<R> {

@@ -294,6 +294,7 @@ mod tests {
                 image_problems: &[],
                 uplink: node.describe(),
                 machines: &FakeMachines::default(),
+                templates: Vec::new(),
                 running: 0,
                 ready_ns: Some(1),
                 random,

@@ -11,6 +11,8 @@ use nestling_api::types::{HostMemory, Vendor, WaitingFor};
 use nestling_machine::platform::{Accepts, NetworkConfig, Offload};
 use nestling_storage::volume::Base;
 
+pub use crate::hypervisor::TemplateFigures;
+
 /// What a machine is made from.
 #[derive(Debug, Clone, Copy)]
 pub struct MachineSpec<'a> {
@@ -106,12 +108,41 @@ pub trait NetworkLink {
 pub trait Machines {
     /// Names a machine that exists.
     type Id: Copy;
+    /// Names a template that exists.
+    type Template: Copy + PartialEq;
 
     /// Builds a machine and lets it run.
     ///
     /// # Errors
     /// [`CreateError`].
     fn create(&mut self, spec: &MachineSpec<'_>) -> Result<Self::Id, CreateError>;
+
+    /// Whether the machine may be frozen now: all it would lose is time.
+    fn is_idle(&self, id: Self::Id) -> bool;
+
+    /// Whether there is room for a clone of the machine besides what stays of it when it is frozen.
+    fn fits_beside_template(&self, id: Self::Id) -> bool;
+
+    /// Makes a template of the machine, which is no more then.
+    ///
+    /// # Errors
+    /// Why it cannot be frozen now: it goes on as it was.
+    fn freeze(&mut self, id: Self::Id) -> Result<Self::Template, &'static str>;
+
+    /// Makes a clone of a template and lets it run.
+    ///
+    /// # Errors
+    /// [`CreateError::Busy`].
+    fn clone_template(&mut self, template: Self::Template) -> Result<Self::Id, CreateError>;
+
+    /// Gives a template up.
+    fn drop_template(&mut self, template: Self::Template);
+
+    /// What a template costs and has brought.
+    fn template_figures(&self, template: Self::Template) -> Option<TemplateFigures>;
+
+    /// The most memory that templates should take, in bytes.
+    fn template_budget_bytes(&self) -> u64;
 
     /// Lets `work` talk with the machine's agent, while no vCPU uses the machine's devices. Afterwards the devices have taken what was
     /// sent, and the guest is told. `None` when there is no such machine (any more).

@@ -15,6 +15,7 @@ pub mod machines;
 mod network;
 mod node;
 mod settings;
+mod templates;
 mod uplink;
 
 use alloc::boxed::Box;
@@ -55,14 +56,14 @@ const LIMITS: Limits = Limits {
 };
 
 /// Everything the node does besides running machines.
-pub struct Service<Id> {
+pub struct Service<Id, T> {
     name: String,
     api: Api,
     catalog: Catalog,
     random: RandomSource,
     network: Network,
     machine_network: MachineNetwork<Id>,
-    engine: Engine<Id>,
+    engine: Engine<Id, T>,
     ready_ns: Option<u64>,
     /// When anything but machines' frames has to be looked at, in nanoseconds since boot.
     due: Option<u64>,
@@ -100,7 +101,7 @@ pub fn find_images(modules: &[&'static [u8]], storage: &mut Storage, frames: &mu
     catalog
 }
 
-impl<Id: Copy> Service<Id> {
+impl<Id: Copy, T: Copy + PartialEq> Service<Id, T> {
     /// Sets up the node's I/O.
     ///
     /// # Errors
@@ -127,7 +128,7 @@ impl<Id: Copy> Service<Id> {
             machine_network: MachineNetwork::new(random.seed()),
             random,
             network,
-            engine: Engine::new(),
+            engine: Engine::new(settings.templates),
             ready_ns: None,
             due: None,
         })
@@ -135,7 +136,7 @@ impl<Id: Copy> Service<Id> {
 
     /// Does all there is to do now; without `has_news`, machines have had nothing for it but frames. Returns when to call again at the
     /// latest, in nanoseconds since boot; interrupts and machines that want something are reasons to call earlier.
-    pub fn poll<M: Machines<Id = Id>>(&mut self, machines: &mut M, has_news: bool) -> Option<u64> {
+    pub fn poll<M: Machines<Id = Id, Template = T>>(&mut self, machines: &mut M, has_news: bool) -> Option<u64> {
         let now = Clock { monotonic_ns: clock::now_ns(), unix_ns: clock::unix_ns() };
         let ns = now.monotonic_ns;
         let Network { uplink, server } = &mut self.network;
@@ -161,7 +162,7 @@ impl<Id: Copy> Service<Id> {
     }
 
     /// Jobs, their agents, and the API's clients.
-    fn serve<M: Machines<Id = Id>>(&mut self, machines: &mut M, now: Clock) {
+    fn serve<M: Machines<Id = Id, Template = T>>(&mut self, machines: &mut M, now: Clock) {
         let Network { uplink, server } = &mut self.network;
         let machine_network = &mut self.machine_network;
         let ns = now.monotonic_ns;
@@ -178,6 +179,7 @@ impl<Id: Copy> Service<Id> {
             image_problems: &self.catalog.problems,
             uplink: uplink.describe(),
             machines: &*machines,
+            templates: self.engine.templates(machines),
             running: self.engine.running(),
             ready_ns: self.ready_ns,
             random: &mut self.random,
@@ -188,7 +190,7 @@ impl<Id: Copy> Service<Id> {
         // its log.
         self.engine.poll(&mut self.api.jobs, &self.catalog.images, machines, machine_network, now);
         let network = self.network.deadline(ns);
-        let jobs = self.api.jobs.deadline(now);
+        let jobs = self.api.jobs.deadline(now).into_iter().chain(self.engine.deadline(now)).min();
         self.due = network.into_iter().chain(jobs).min();
     }
 }

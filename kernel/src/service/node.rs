@@ -30,6 +30,8 @@ pub struct NodeView<'a, M> {
     pub uplink: types::Uplink,
     /// The hypervisor.
     pub machines: &'a M,
+    /// Its templates.
+    pub templates: Vec<types::Template>,
     /// Jobs that have a machine.
     pub running: usize,
     /// Nanoseconds from the kernel's entry until it was ready, if it is.
@@ -75,6 +77,10 @@ impl<M: Machines> Node for NodeView<'_, M> {
 
     fn images(&self) -> Vec<types::Image> {
         self.images.iter().map(Image::describe).collect()
+    }
+
+    fn templates(&self) -> Vec<types::Template> {
+        self.templates.clone()
     }
 
     fn largest_machine(&self) -> LargestMachine {

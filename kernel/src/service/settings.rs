@@ -35,11 +35,13 @@ pub struct Settings {
     pub dns_servers: Vec<SocketAddrV4>,
     /// Most bytes of an IP packet on the uplink's link; none: what DHCP says.
     pub mtu: Option<u16>,
+    /// Whether jobs get clones of templates.
+    pub templates: bool,
 }
 
 impl Settings {
-    /// Reads `name=`, `port=`, `token=` or `auth=off`, `ip=`, `gateway=`, `dns=` and `mtu=`. Other words are other
-    /// modules' business.
+    /// Reads `name=`, `port=`, `token=` or `auth=off`, `ip=`, `gateway=`, `dns=`, `mtu=` and `templates=`. Other words are
+    /// other modules' business.
     ///
     /// # Errors
     /// A message that names the word and what it should be.
@@ -78,7 +80,12 @@ impl Settings {
         if name.is_empty() || name.len() > MAX_NAME_BYTES {
             return Err(format!("name={name} must have 1 to {MAX_NAME_BYTES} characters"));
         }
-        Ok(Self { name: name.to_string(), port, token, addressing, dns_servers, mtu })
+        let templates = match line.value("templates") {
+            None | Some("on") => true,
+            Some("off") => false,
+            Some(other) => return Err(format!("templates={other} is neither on nor off")),
+        };
+        Ok(Self { name: name.to_string(), port, token, addressing, dns_servers, mtu, templates })
     }
 }
 
@@ -150,6 +157,7 @@ mod tests {
             ("auth=off mtu=575", "576 to 1500 bytes, such as 1460"),
             ("auth=off mtu=9001", "mtu=9001 is not"),
             ("auth=off name=", "1 to 64"),
+            ("auth=off templates=none", "neither on nor off"),
         ];
         for (line, part) in cases {
             let Err(message) = read(line) else { panic!("{line} was taken") };

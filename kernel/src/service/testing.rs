@@ -13,7 +13,9 @@ use nestling_api::types::{self, HostMemory, JobRequest, StepRequest, Vendor};
 use nestling_machine::platform::{Accepts, Offload};
 
 use super::images::Image;
-use super::machines::{AgentLink, CreateError, HypervisorReport, MachineSpec, Machines, NetworkLink};
+use super::machines::{
+    AgentLink, CreateError, HypervisorReport, MachineSpec, Machines, NetworkLink, TemplateFigures,
+};
 use super::uplink::{Addressing, Said, Uplink};
 use crate::drivers::nic::Nic;
 
@@ -47,7 +49,7 @@ pub fn queue_job(jobs: &mut JobStore, number: u8) -> JobId {
 }
 
 /// An agent's side of a conversation.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct FakeAgent {
     pub connected: bool,
     pub finished: bool,
@@ -137,6 +139,14 @@ pub struct FakeMachines {
     pub alive: BTreeMap<u32, FakeAgent>,
     /// The cables of those that have a network card.
     pub networks: BTreeMap<u32, FakeNetwork>,
+    /// The agents of machines that were frozen, by the template's number.
+    pub templates: BTreeMap<u32, FakeAgent>,
+    /// Of which template a machine is a clone.
+    pub clones: BTreeMap<u32, u32>,
+    /// Machines cannot be frozen for this reason.
+    pub unrest: Option<&'static str>,
+    /// Their vCPUs have something to do.
+    pub busy: bool,
     /// How the machine with a number ended by itself.
     pub ended: BTreeMap<u32, MachineEnd>,
     /// The answer to the next creation, if it is to fail.
@@ -149,13 +159,24 @@ pub struct FakeMachines {
 
 impl Default for FakeMachines {
     fn default() -> Self {
-        let (alive, networks, ended) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
-        Self { alive, networks, ended, refuse: None, made: 0, limit: 1 }
+        Self {
+            alive: BTreeMap::new(),
+            networks: BTreeMap::new(),
+            templates: BTreeMap::new(),
+            clones: BTreeMap::new(),
+            unrest: None,
+            busy: false,
+            ended: BTreeMap::new(),
+            refuse: None,
+            made: 0,
+            limit: 1,
+        }
     }
 }
 
 impl Machines for FakeMachines {
     type Id = u32;
+    type Template = u32;
 
     fn create(&mut self, spec: &MachineSpec<'_>) -> Result<u32, CreateError> {
         if let Some(error) = &self.refuse {
@@ -167,6 +188,49 @@ impl Machines for FakeMachines {
             self.networks.insert(self.made, FakeNetwork::default());
         }
         Ok(self.made)
+    }
+
+    fn is_idle(&self, _: u32) -> bool {
+        !self.busy
+    }
+
+    fn fits_beside_template(&self, _: u32) -> bool {
+        true
+    }
+
+    fn freeze(&mut self, id: u32) -> Result<u32, &'static str> {
+        if let Some(reason) = self.unrest {
+            return Err(reason);
+        }
+        let agent = self.alive.remove(&id).ok_or("there is no such machine")?;
+        self.networks.remove(&id);
+        self.templates.insert(id, agent);
+        Ok(id)
+    }
+
+    fn clone_template(&mut self, template: u32) -> Result<u32, CreateError> {
+        if let Some(error) = &self.refuse {
+            return Err(error.clone());
+        }
+        self.made += 1;
+        self.alive.insert(self.made, self.templates[&template].clone());
+        self.networks.insert(self.made, FakeNetwork::default());
+        self.clones.insert(self.made, template);
+        Ok(self.made)
+    }
+
+    fn drop_template(&mut self, template: u32) {
+        assert!(self.templates.remove(&template).is_some(), "template {template} was dropped twice");
+    }
+
+    fn template_figures(&self, template: u32) -> Option<TemplateFigures> {
+        let alive = self.clones.values().filter(|of| **of == template).count() as u64;
+        let figures = TemplateFigures { clones_alive: alive, shared_bytes: 60, ..TemplateFigures::default() };
+        self.templates.contains_key(&template).then_some(figures)
+    }
+
+    fn template_budget_bytes(&self) -> u64 {
+        100
     }
 
     fn with_agent<R>(&mut self, id: u32, work: impl FnOnce(&mut dyn AgentLink) -> R) -> Option<R> {
@@ -188,6 +252,7 @@ impl Machines for FakeMachines {
     fn destroy(&mut self, id: u32) -> MachineReport {
         assert!(self.alive.remove(&id).is_some(), "machine {id} was destroyed twice");
         self.networks.remove(&id);
+        self.clones.remove(&id);
         let end = self.ended.remove(&id).unwrap_or(MachineEnd::Destroyed);
         let (exits, peak_mib) = self.figures(id);
         MachineReport { end, console_tail: "the last line".into(), exits, peak_mib, disk_problem: None }

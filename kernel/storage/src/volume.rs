@@ -8,7 +8,7 @@ mod spill;
 use crate::BLOCK_BYTES;
 use crate::backing::Backing;
 use crate::cache::Lookup;
-use crate::overlay::{BLOCKS_PER_TABLE, Overlay, Place, Shortage, Slot};
+use crate::overlay::{BLOCKS_PER_TABLE, FrozenOverlay, Overlay, Place, Shortage, Slot};
 use alloc::format;
 use alloc::string::String;
 use spill::Spill;
@@ -67,6 +67,42 @@ pub struct Volume<S> {
     fault: Option<String>,
 }
 
+/// The disk of a machine that was frozen.
+#[derive(Debug)]
+pub struct FrozenVolume<S> {
+    base: Base,
+    bytes: u64,
+    overlay: FrozenOverlay<S>,
+}
+
+impl<S> FrozenVolume<S> {
+    /// A clone's disk. `id` tells it from others on the scratch partition.
+    #[must_use]
+    pub fn share(&self, id: u64) -> Volume<S> {
+        Volume {
+            base: self.base,
+            bytes: self.bytes,
+            overlay: self.overlay.share(),
+            wants_slab: false,
+            out_of_memory: false,
+            spill: Spill::new(id),
+            refused: false,
+            fault: None,
+        }
+    }
+
+    /// Slabs that it does not share with a template of its own.
+    #[must_use]
+    pub const fn own_slabs(&self) -> usize {
+        self.overlay.own_slabs()
+    }
+
+    /// The slabs that nobody shares any more.
+    pub fn into_slabs(self) -> impl Iterator<Item = S> {
+        self.overlay.into_slabs()
+    }
+}
+
 /// Why a block's content cannot be had now.
 enum Obstacle {
     Wait,
@@ -97,6 +133,24 @@ impl<S: AsRef<[u8]> + AsMut<[u8]>> Volume<S> {
             refused: false,
             fault: None,
         }
+    }
+
+    /// Why it cannot be frozen now, if it cannot.
+    #[must_use]
+    pub fn unrest(&self) -> Option<&'static str> {
+        if self.fault.is_some() || self.refused {
+            Some("something went wrong with the disk")
+        } else if self.wants_slab || !self.spill.is_unused() {
+            Some("changes of the disk are on the scratch partition, or wait for memory")
+        } else {
+            None
+        }
+    }
+
+    /// Ends all changes: what there are is for clones to read. [`Self::unrest`] is `None`.
+    #[must_use]
+    pub fn freeze(self) -> FrozenVolume<S> {
+        FrozenVolume { base: self.base, bytes: self.bytes, overlay: self.overlay.freeze() }
     }
 
     /// Its size in bytes.
@@ -200,7 +254,7 @@ impl<S: AsRef<[u8]> + AsMut<[u8]>> Volume<S> {
     ) -> Result<u64, Obstacle> {
         let (block, offset) = (at / BLOCK, at % BLOCK);
         match self.overlay.place(block) {
-            Place::Memory(slot) => {
+            Place::Memory(slot) | Place::Shared(slot) => {
                 let blocks = self.run(block, slot, (offset + length).div_ceil(BLOCK));
                 let bytes = (blocks * BLOCK - offset).min(length);
                 let pages = self.overlay.pages(slot, blocks as usize);
@@ -230,7 +284,7 @@ impl<S: AsRef<[u8]> + AsMut<[u8]>> Volume<S> {
         let (mut blocks, mut last) = (1, slot);
         while blocks < most
             && let Some(next) = last.next()
-            && self.overlay.place(block.saturating_add(blocks)) == Place::Memory(next)
+            && matches!(self.overlay.place(block.saturating_add(blocks)), Place::Memory(slot) | Place::Shared(slot) if slot == next)
         {
             (blocks, last) = (blocks + 1, next);
         }
@@ -374,7 +428,7 @@ impl<S: AsRef<[u8]> + AsMut<[u8]>> Volume<S> {
                 self.spill.changed(block);
                 place == slot
             }
-            _ if !self.overlay.has_table(block) => false,
+            _ if !self.overlay.is_prepared(block) => false,
             _ => match self.overlay.allocate() {
                 Ok(free) if free == slot => {
                     self.set(backing, block, Place::Memory(slot));
@@ -433,7 +487,8 @@ impl<S: AsRef<[u8]> + AsMut<[u8]>> Volume<S> {
         let end = last.min(first.saturating_add(CLEAR_BLOCKS_MAX));
         let mut block = first;
         while block < end {
-            if self.overlay.has_table(block) {
+            // What is the template's takes none of this machine's memory, so nothing is won by forgetting it.
+            if self.overlay.is_prepared(block) {
                 self.set(backing, block, Place::Base);
                 block += 1;
             } else {
@@ -468,12 +523,8 @@ impl<S: AsRef<[u8]> + AsMut<[u8]>> Volume<S> {
             return Ok((next.saturating_mul(BLOCK) - at).min(length));
         }
         if offset == 0 && length >= BLOCK {
-            if behind_base {
-                self.set(backing, block, Place::Base);
-            } else {
-                self.overlay.prepare(block).map_err(|shortage| self.short(shortage, backing))?;
-                self.set(backing, block, Place::Zero);
-            }
+            self.overlay.prepare(block).map_err(|shortage| self.short(shortage, backing))?;
+            self.set(backing, block, if behind_base { Place::Base } else { Place::Zero });
             return Ok(BLOCK);
         }
         let bytes = (BLOCK - offset).min(length);

@@ -49,7 +49,13 @@ fn config_file(command_line: &str) -> Result<String, BedError> {
 }
 
 fn arguments(machine: &Machine, config: PathBuf) -> Vec<OsString> {
-    let accelerator = if machine.bed == BedKind::QemuKvm { "kvm" } else { "tcg,thread=multi" };
+    // QEMU counts instructions with one thread only.
+    let counts = machine.qemu_arguments.iter().any(|argument| argument == "-icount");
+    let accelerator = match machine.bed {
+        BedKind::QemuKvm => "kvm",
+        _ if counts => "tcg,thread=single",
+        _ => "tcg,thread=multi",
+    };
     let mut arguments = Arguments::default();
     arguments.pair("-M", "pc");
     arguments.pair("-accel", accelerator);

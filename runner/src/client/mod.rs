@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use nestling_api::multiplex::MEDIA_TYPE;
 use nestling_api::types::{
-    ArtifactList, ConnectionList, Host, ImageList, Job, JobList, JobRequest, Status, Version, Workspace,
+    ArtifactList, ConnectionList, Host, ImageList, Job, JobList, JobRequest, Status, TemplateList, Version,
+    Workspace,
 };
 use serde::de::DeserializeOwned;
 use ureq::Agent;
@@ -211,6 +212,14 @@ impl Client {
     /// As [`version`](Self::version).
     pub fn images(&self) -> Result<ImageList, ClientError> {
         self.get("/v1/images")
+    }
+
+    /// `GET /v1/templates`.
+    ///
+    /// # Errors
+    /// As [`version`](Self::version).
+    pub fn templates(&self) -> Result<TemplateList, ClientError> {
+        self.get("/v1/templates")
     }
 
     /// `POST /v1/jobs` with a random idempotency key. Tried again once when the connection breaks, and for up to 30 s while

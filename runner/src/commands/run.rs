@@ -167,6 +167,8 @@ fn request(options: &Run, variable: impl Fn(&str) -> Option<String>) -> Result<J
         network: egress(&options.egress)?.map(|egress| Network { egress }),
         workspace: options.workspace.is_some(),
         artifacts: options.artifact.clone(),
+        // There is no option for it yet.
+        cold: false,
     })
 }
 

@@ -20,7 +20,7 @@ use nestling_api::agent::{
 use nestling_api::http::Connection;
 use nestling_api::jobs::request::LargestMachine;
 use nestling_api::jobs::{ConnectionRecord, JobId, MachineEnd, MachineReport};
-use nestling_api::types::{Host, Image, Protocol};
+use nestling_api::types::{Host, Image, Protocol, Template};
 use nestling_api::{Api, ApiConfig, Clock, Node};
 
 /// The token of every fake node.
@@ -407,6 +407,10 @@ impl Node for Facts {
 
     fn images(&self) -> Vec<Image> {
         vec![Image { name: "minimal".into(), ..Image::default() }]
+    }
+
+    fn templates(&self) -> Vec<Template> {
+        Vec::new()
     }
 
     fn largest_machine(&self) -> LargestMachine {

@@ -3,7 +3,7 @@
 use nestling::bed::{Bed, BedBuilder};
 use nestling::client::types::{Conclusion, Job, JobRequest, MachineConfig};
 use nestling_tests::disk::{NAME, SUMS, bundle, drive, file_system, partitioned, writable_drive};
-use nestling_tests::job::{create, job, run, wait};
+use nestling_tests::job::{create, job, run, wait, warm_up};
 use nestling_tests::node::{Shared, memory, ready};
 use std::fs;
 use std::path::PathBuf;
@@ -110,8 +110,9 @@ fn a_full_file_system_is_no_space_left_and_goes_on_when_there_is_some() {
 #[test]
 fn a_full_overlay_fails_the_job_with_the_reason_and_gives_all_memory_back() {
     let node = &ready(node());
-    let before = memory(node).free_frames;
     let request = with_space("dd if=/dev/zero of=/dev/vda bs=1M oflag=direct", 16);
+    warm_up(node, &request);
+    let before = memory(node).free_frames;
     let finished = run(node, &request);
     let reason = finished.job.failure_reason.unwrap();
     assert!(reason.contains("exited with 1; overlay full: 34 MiB written"), "{reason}");
@@ -139,6 +140,7 @@ fn discarded_and_zeroed_blocks_make_room() {
 #[test]
 fn two_machines_do_not_see_each_others_writes_and_leave_no_frame_behind() {
     let node = &ready(node());
+    warm_up(node, &on_disk("true"));
     let before = memory(node).free_frames;
     let script = |mine: &str| {
         format!(
@@ -171,6 +173,7 @@ fn a_disk_that_fails_ends_the_job_that_needs_it_with_a_reason_and_not_the_node()
     let arguments =
         ["-blockdev".to_owned(), options.to_string(), "-device".into(), "virtio-blk-pci,drive=store".into()];
     let node = ready(Bed::builder().no_image().qemu_args(arguments));
+    warm_up(&node, &on_disk("true"));
     let before = memory(&node).free_frames;
     let finished = run(&node, &on_disk("cat /dev/vda > /dev/null; echo still here"));
     assert_eq!(finished.job.conclusion, Some(Conclusion::SystemFailure));
@@ -206,7 +209,6 @@ fn changes_beyond_memory_go_to_the_scratch_partition_and_the_store_may_be_a_part
     fs::remove_file(store).unwrap();
     // A node of 320 MiB keeps less than 40 MiB of changes in memory.
     let node = ready(Bed::builder().memory_mib(320).no_image().qemu_args(writable_drive(&disk)));
-    let before = memory(&node).free_frames;
     let script = format!(
         "mount -t ext4 /dev/vda /mnt
          cd /mnt; sha256sum -c {SUMS} > /dev/null; cd /
@@ -227,6 +229,8 @@ fn changes_beyond_memory_go_to_the_scratch_partition_and_the_store_may_be_a_part
     let machine_config =
         MachineConfig { mem_size_mib: 128, disk_size_mib: Some(128), ..MachineConfig::default() };
     let request = JobRequest { machine_config: Some(machine_config), ..on_disk(&script) };
+    warm_up(&node, &request);
+    let before = memory(&node).free_frames;
     let finished = run(&node, &request);
     let error = String::from_utf8_lossy(&finished.stderr);
     assert_eq!(finished.stdout, b"fine\n", "{:?}\n{error}", finished.job);

@@ -4,6 +4,7 @@
 
 mod api;
 mod boot;
+mod clones;
 mod disk;
 mod e1000;
 mod exits;

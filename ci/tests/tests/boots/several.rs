@@ -2,7 +2,7 @@
 
 use nestling::bed::Bed;
 use nestling::client::types::{Conclusion, JobRequest, MachineConfig, Status, WaitingFor};
-use nestling_tests::job::{create, job, refusal, run, wait, wait_until};
+use nestling_tests::job::{create, job, refusal, run, wait, wait_until, warm_up};
 use nestling_tests::node::{Shared, memory, ready};
 
 /// Two cores, and so eight vCPUs at most.
@@ -22,8 +22,9 @@ fn counting(processes: u32, number: u32) -> String {
 fn eight_machines_at_once_all_finish_their_work_while_a_ninth_waits() {
     let node = ready(Bed::builder().cores(2));
     assert_eq!(node.client().host().unwrap().cores, 2);
-    let before = memory(&node).free_frames;
     let request = JobRequest { machine_config: machine(1, 128), ..job(&counting(1, 3000)) };
+    warm_up(&node, &request);
+    let before = memory(&node).free_frames;
     let jobs: Vec<_> = (0..9).map(|_| create(&node, &request).id).collect();
     let ninth = node.client().job(&jobs[8]).unwrap();
     assert_eq!((ninth.status, ninth.waiting_for), (Status::Queued, Some(WaitingFor::Machines)), "{ninth:?}");
@@ -79,9 +80,10 @@ fn four_vcpus_share_one_core() {
 #[test]
 fn machines_that_are_cancelled_at_any_time_give_everything_back() {
     let node = TWO_CORES.get();
+    let request = JobRequest { machine_config: machine(4, 128), ..job("while :; do :; done") };
+    warm_up(node, &request);
     let before = memory(node).free_frames;
     for round in 0..6 {
-        let request = JobRequest { machine_config: machine(4, 128), ..job("while :; do :; done") };
         let jobs: Vec<_> = (0..2).map(|_| create(node, &request).id).collect();
         for (index, id) in (0_u64..).zip(&jobs) {
             wait_until(node, id, |job| {

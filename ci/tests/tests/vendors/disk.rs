@@ -4,7 +4,7 @@ use crate::job::ALONE;
 use crate::node;
 use nestling::client::types::{Conclusion, JobRequest};
 use nestling_tests::disk::{NAME, SUMS};
-use nestling_tests::job::{job, run};
+use nestling_tests::job::{job, run, warm_up};
 use nestling_tests::node::memory;
 
 #[test]
@@ -32,9 +32,11 @@ fn a_disk_keeps_what_is_written_and_leaves_no_frame_behind() {
     );
     let node = node();
     let _alone = ALONE.lock();
+    let request = JobRequest { image: Some(NAME.into()), ..job(&script) };
+    warm_up(node, &request);
     let before = memory(node).free_frames;
     for _ in 0..2 {
-        let finished = run(node, &JobRequest { image: Some(NAME.into()), ..job(&script) });
+        let finished = run(node, &request);
         let output = String::from_utf8_lossy(&finished.stdout);
         assert_eq!(output, "No space left on device\nfine\n", "{:?}", finished.job);
         assert_eq!(finished.job.conclusion, Some(Conclusion::Success), "{:?}", finished.job);

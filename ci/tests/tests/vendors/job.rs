@@ -1,9 +1,9 @@
 //! One whole job over HTTP, with the same result and the same log wherever it runs.
 
 use crate::node;
-use nestling::client::types::{Conclusion, Condition, StepConclusion};
+use nestling::client::types::{Conclusion, Condition, JobRequest, MachineConfig, StepConclusion};
 use nestling::client::{Finished, LogFrame, Streams};
-use nestling_tests::job::{run, step, step_if, steps};
+use nestling_tests::job::{run, step, step_if, steps, warm_up};
 use nestling_tests::node::{bed_kind, memory};
 use std::sync::{Mutex, OnceLock};
 
@@ -38,6 +38,8 @@ fn finished() -> &'static (Finished, u64, u64) {
         request.env = [("LC_ALL".into(), "C".into())].into();
         let node = node();
         let _alone = ALONE.lock();
+        // The job's machine is a clone then.
+        warm_up(node, &request);
         let before = memory(node).free_frames;
         let finished = run(node, &request);
         let after = memory(node).free_frames;
@@ -52,6 +54,7 @@ fn the_same_job_gives_the_same_result_and_log() {
         OUTPUT.iter().filter(|(to, _)| *to == stream).map(|(_, text)| *text).collect()
     };
     let job = &finished.job;
+    assert!(job.timings.cloned_ms.is_some(), "{:?}", job.timings);
     assert_eq!((job.conclusion, job.exit_code), (Some(Conclusion::Failure), Some(7)), "{job:?}");
     assert_eq!(String::from_utf8_lossy(&finished.stdout), of("stdout"));
     assert_eq!(String::from_utf8_lossy(&finished.stderr), of("stderr"));
@@ -93,4 +96,18 @@ fn the_jobs_exits_are_counted_by_kind() {
 fn the_jobs_memory_is_free_again() {
     let (_, before, after) = finished();
     assert_eq!(before, after);
+}
+
+#[test]
+fn a_clone_of_two_vcpus_goes_on_with_both() {
+    let script =
+        "nproc; (n=0; while [ $n -lt 500 ]; do n=$((n+1)); done; echo $n > /tmp/n) & wait; cat /tmp/n";
+    let machine_config = Some(MachineConfig { vcpu_count: 2, ..MachineConfig::default() });
+    let request = JobRequest { machine_config, ..steps([step(script)]) };
+    let _alone = ALONE.lock();
+    for _ in 0..2 {
+        let finished = run(node(), &request);
+        assert_eq!(String::from_utf8_lossy(&finished.stdout), "2\n500\n", "{:?}", finished.job);
+        assert!(finished.job.timings.cloned_ms.is_some(), "{:?}", finished.job.timings);
+    }
 }

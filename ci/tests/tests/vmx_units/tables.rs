@@ -129,8 +129,7 @@ fn an_ept_entry_is_present_by_any_access_and_keeps_only_its_address() {
 
 #[test]
 fn the_ept_pointer_says_write_back_and_four_levels() {
-    assert_eq!(ept::pointer(0x1234_5000, false), 0x1234_5000 | 6 | 3 << 3);
-    assert_eq!(ept::pointer(0x1234_5FFF, true), 0x1234_5000 | 6 | 3 << 3 | 1 << 6);
+    assert_eq!(ept::pointer(0x1234_5FFF), 0x1234_5000 | 6 | 3 << 3);
 }
 
 #[test]

@@ -127,6 +127,7 @@ fn measure_loads(client: &Client, command: &str) -> Result<Marks> {
         image: Some("loads".to_owned()),
         machine_config: Some(MachineConfig { mem_size_mib: 512, ..MachineConfig::default() }),
         steps: vec![StepRequest { run: command.to_owned(), ..StepRequest::default() }],
+        cold: true,
         ..JobRequest::default()
     })?;
     let mut log = client.agent.get(client.url(&format!("/v1/jobs/{}/logs?follow=true", job.id))).call()?;
@@ -184,6 +185,8 @@ impl Client {
     fn create(&self, run: &str) -> Result<Job> {
         self.create_request(&JobRequest {
             steps: vec![StepRequest { run: run.to_owned(), ..StepRequest::default() }],
+            // What is measured here is a machine that boots.
+            cold: true,
             ..JobRequest::default()
         })
     }

@@ -36,6 +36,8 @@ pub struct QueuedJob {
     pub machine_config: MachineConfig,
     /// What its machine may reach.
     pub egress: Egress,
+    /// Its machine is to boot though there is a template.
+    pub cold: bool,
 }
 
 /// How a machine ended.
@@ -80,6 +82,7 @@ impl JobStore {
             image: record.job.image.clone(),
             machine_config: record.job.machine_config,
             egress: record.job.network.egress.clone(),
+            cold: record.cold,
         })
     }
 
@@ -103,6 +106,19 @@ impl JobStore {
         self.queue.retain(|queued| *queued != id);
         self.running.push(id);
         true
+    }
+
+    /// A job in progress has got a clone of a template for its machine.
+    pub fn cloned(&mut self, id: JobId, now: Clock) {
+        if let Some(record) = self.jobs.get_mut(&id).filter(|record| record.run.is_some()) {
+            record.job.timings.cloned_ms = Some(record.elapsed_ms(now));
+        }
+    }
+
+    /// What a job's machine may reach.
+    #[must_use]
+    pub fn egress(&self, id: JobId) -> Egress {
+        self.jobs.get(&id).map(|record| record.job.network.egress.clone()).unwrap_or_default()
     }
 
     /// A job that cannot get a machine: it ends as a system failure for this reason.

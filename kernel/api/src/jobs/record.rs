@@ -38,6 +38,8 @@ pub(super) struct Record {
     pub(super) connections: ConnectionLog,
     /// There for a job with a workspace.
     pub(super) workspace: Option<Arrival>,
+    /// Its machine is to boot.
+    pub(super) cold: bool,
     /// There for a job with artifacts.
     pub(super) artifacts: Option<Keeping>,
     /// There while the job is in progress.
@@ -103,6 +105,7 @@ impl Record {
             log: LogRing::new(),
             connections: ConnectionLog::default(),
             workspace: plan.workspace.then(Arrival::default),
+            cold: plan.cold,
             artifacts: (!plan.artifacts.is_empty()).then(|| Keeping::new(plan.artifacts)),
             run: None,
             followers: Vec::new(),

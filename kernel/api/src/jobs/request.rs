@@ -68,6 +68,8 @@ pub struct Plan {
     pub egress: Egress,
     /// Whether the steps wait for a workspace.
     pub workspace: bool,
+    /// Whether its machine boots though there is a template.
+    pub cold: bool,
     /// Globs of files to keep after the last step.
     pub artifacts: Vec<String>,
 }
@@ -166,6 +168,7 @@ pub fn plan(request: JobRequest, images: &[Image], largest: LargestMachine) -> R
         env: request.env,
         egress: request.network.unwrap_or_default().egress,
         workspace: request.workspace,
+        cold: request.cold,
         artifacts: request.artifacts,
     })
 }

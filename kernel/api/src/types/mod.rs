@@ -53,6 +53,9 @@ pub struct JobRequest {
     /// Files to keep for a client after the last step: at most 100 globs relative to the workspace.
     #[serde(default, deserialize_with = "bounded::list", skip_serializing_if = "Vec::is_empty")]
     pub artifacts: Vec<String>,
+    /// The machine boots though the node has a template of it.
+    #[serde(default, skip_serializing_if = "core::ops::Not::not")]
+    pub cold: bool,
 }
 
 /// A machine's network.
@@ -309,6 +312,9 @@ pub struct Step {
 pub struct Timings {
     /// Until it left the queue and got its machine.
     pub queued_ms: Option<u64>,
+    /// Until it got a clone of a template for its machine; none for a machine that booted.
+    #[serde(default)]
+    pub cloned_ms: Option<u64>,
     /// Until its machine had booted and the agent said hello.
     pub agent_ready_ms: Option<u64>,
     /// Until the first byte of output.
@@ -446,6 +452,38 @@ pub struct ImageList {
     /// What kept other images from being listed, for people.
     #[serde(default)]
     pub problems: Vec<String>,
+}
+
+/// A machine that was frozen after its boot, of which jobs get clones.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Template {
+    /// What names it as long as the node runs.
+    pub id: String,
+    /// The image it booted.
+    pub image: String,
+    /// The size of its clones.
+    pub machine_config: MachineConfig,
+    /// Bytes of memory that its clones share.
+    pub shared_bytes: u64,
+    /// Clones that exist.
+    pub clones_alive: u64,
+    /// Clones ever made.
+    pub clones_made: u64,
+    /// Pages that are copied before a clone runs.
+    pub working_set_pages: u64,
+    /// Pages that the first clone, which had no working set, copied one exit each.
+    pub first_clone_copies: u64,
+    /// Pages that later clones copied one exit each, on average over those that have ended.
+    pub later_clone_copies: u64,
+}
+
+/// `GET /v1/templates`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TemplateList {
+    /// Templates on this node.
+    pub total_count: u64,
+    /// They themselves, the one used last first.
+    pub templates: Vec<Template>,
 }
 
 /// `GET /version`.

@@ -16,7 +16,7 @@ const STATUS_A_VALUE: u8 = 0x26;
 const STATUS_B_VALUE: u8 = 0x02;
 
 /// The index register.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Cmos {
     index: u8,
 }

@@ -8,7 +8,7 @@ use alloc::vec::Vec;
 pub const CONSOLE_TAIL_BYTES: usize = 16 * 1024;
 
 /// The last [`CONSOLE_TAIL_BYTES`] of a machine's serial output, for failure reports.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct ConsoleTail {
     bytes: VecDeque<u8>,
     total: u64,

@@ -37,7 +37,7 @@ struct Pin {
 }
 
 /// The I/O APIC's registers and lines.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct IoApic {
     select: u8,
     id: u32,

@@ -104,7 +104,7 @@ impl fmt::Display for MachineEnd {
 }
 
 /// A machine's devices.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Platform {
     vsock: VirtioPci<Vsock>,
     rng: VirtioPci<Rng>,
@@ -316,6 +316,22 @@ impl Platform {
             disk.work(memory, host, &mut self.interrupts);
         }
         self.notice_faults();
+    }
+
+    /// Why the devices are not at rest, if they are not: bytes, frames or requests are under way that a copy of the devices would have twice.
+    /// Bytes of the agent's that the host has not taken are no such reason: the copy's host takes them too.
+    pub fn unrest(&self) -> Option<&'static str> {
+        if self.needs_poll() {
+            return Some("a queue is not worked off");
+        }
+        if self.vsock.device.host.unsent() > 0 {
+            return Some("bytes for the agent are on their way");
+        }
+        if self.network.as_ref().is_some_and(|network| network.device.host.has_frames()) {
+            return Some("network frames are on their way");
+        }
+        let is_busy = self.disk.as_ref().is_some_and(|disk| disk.device.has_requests());
+        is_busy.then_some("the disk has requests")
     }
 
     /// The disk has something for requests that wait.

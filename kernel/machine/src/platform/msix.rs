@@ -25,7 +25,7 @@ struct Entry {
 }
 
 /// A function's MSI-X state.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Msix {
     entries: Vec<Entry>,
     pending: u64,

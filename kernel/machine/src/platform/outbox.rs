@@ -7,7 +7,7 @@ use alloc::collections::VecDeque;
 const MESSAGES_MAX: usize = 64;
 
 /// Messages in the order they were sent. Equal ones merge, as they would in a local APIC.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Outbox {
     messages: VecDeque<MsiMessage>,
 }

@@ -75,7 +75,7 @@ struct Bar {
 }
 
 /// A function's configuration space.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct ConfigSpace {
     bytes: [u8; CONFIG_BYTES],
     writable: [u8; CONFIG_BYTES],

@@ -24,7 +24,7 @@ const LSR_TRANSMITTER_IDLE: u8 = 0x60;
 const MSR_CONNECTED: u8 = 0xB0;
 
 /// The serial port's registers.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Serial {
     interrupt_enable: u8,
     fifos_enabled: bool,

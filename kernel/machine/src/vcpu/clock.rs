@@ -50,7 +50,7 @@ impl Scale {
 }
 
 /// One vCPU's kvm-clock.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Clock {
     scale: Scale,
     /// The TSC value at which the machine's clock stood at zero.

@@ -183,7 +183,7 @@ impl HostCpuid {
 }
 
 /// The leaves of one vCPU, but for the bits that follow its control registers.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct GuestCpuid {
     id: u32,
     vcpu_count: u32,

@@ -32,6 +32,20 @@ pub struct Signals {
     pub start_up: Option<Vector>,
 }
 
+impl Clone for Inbox {
+    /// What waits at this time; nobody posts and nobody takes meanwhile.
+    fn clone(&self) -> Self {
+        let words =
+            |words: &[AtomicU64; 4]| words.each_ref().map(|word| AtomicU64::new(word.load(Ordering::SeqCst)));
+        Self {
+            vectors: words(&self.vectors),
+            level: words(&self.level),
+            signals: AtomicU32::new(self.signals.load(Ordering::SeqCst)),
+            waits: AtomicBool::new(self.waits.load(Ordering::SeqCst)),
+        }
+    }
+}
+
 impl Inbox {
     /// Whether anything waits. What was posted before this call shows; whoever posts looks at the vCPU's state afterwards, and the vCPU
     /// looks here after it has changed its state, so that one of the two sees the other.

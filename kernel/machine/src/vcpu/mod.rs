@@ -38,7 +38,7 @@ pub struct VcpuConfig {
 }
 
 /// One virtual processor.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Vcpu {
     /// Its local APIC.
     pub lapic: Lapic,

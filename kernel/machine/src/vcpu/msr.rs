@@ -98,7 +98,7 @@ const INTEL_MICROCODE: u64 = 1 << 32;
 const AMD_MICROCODE: u64 = 0x0100_0065;
 
 /// Registers that are only stored.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Stored {
     pub(super) tsc_aux: u64,
     tsc_adjust: i64,

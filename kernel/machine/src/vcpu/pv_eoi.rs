@@ -15,7 +15,7 @@ const ALIGNMENT: u64 = 4;
 const MAY_SKIP: u32 = 1;
 
 /// One vCPU's flag.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct PvEoi {
     msr: u64,
     armed: bool,

@@ -17,8 +17,15 @@ struct Port {
     addressing: AtomicU64,
 }
 
-/// A machine's interrupts on their way. Any core may use it at any time.
-#[derive(Debug)]
+impl Clone for Port {
+    fn clone(&self) -> Self {
+        let addressing = AtomicU64::new(self.addressing.load(Ordering::SeqCst));
+        Self { inbox: self.inbox.clone(), addressing }
+    }
+}
+
+/// A machine's interrupts on their way. Any core may use it at any time. A copy has what is on its way at that time.
+#[derive(Clone, Debug)]
 pub struct InterruptRouter {
     ports: Box<[Port]>,
 }

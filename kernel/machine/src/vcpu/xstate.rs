@@ -36,7 +36,7 @@ struct Component {
 }
 
 /// What of XSAVE a guest sees.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct ExtendedState {
     supported: u64,
     instructions: u32,

@@ -138,9 +138,25 @@ impl Backend for Svm {
     }
 
     fn vcpu(&self, nested_root: u64, state: &VcpuState) -> SvmVcpu {
-        // ASID 0 is L1's. A reused ASID is harmless: a new vCPU's first entry flushes, and so does every later change of vCPU.
-        let asid = self.next_asid.fetch_add(1, Ordering::Relaxed) % (self.asids - 1) + 1;
-        SvmVcpu::new(nested_root, state, asid, self.nrip_save, self.pause_filter, Arc::clone(&self.maps))
+        SvmVcpu::new(
+            nested_root,
+            state,
+            self.next_asid(),
+            self.nrip_save,
+            self.pause_filter,
+            Arc::clone(&self.maps),
+        )
+    }
+
+    fn thaw(&self, nested_root: u64, snapshot: &vcpu::Snapshot) -> SvmVcpu {
+        SvmVcpu::thaw(nested_root, snapshot, self.next_asid(), Arc::clone(&self.maps))
+    }
+}
+
+impl Svm {
+    /// ASID 0 is L1's. A reused ASID is harmless: a new vCPU's first entry flushes, and so does every later change of vCPU.
+    fn next_asid(&self) -> u32 {
+        self.next_asid.fetch_add(1, Ordering::Relaxed) % (self.asids - 1) + 1
     }
 }
 
@@ -150,24 +166,42 @@ pub struct NptEntry;
 const PRESENT: u64 = 1 << 0;
 const WRITABLE: u64 = 1 << 1;
 const USER: u64 = 1 << 2;
+/// Accessed and dirty, as the processor would set them: it then has no reason to write to the tables, which a template's clones share.
+const USED: u64 = 1 << 5 | 1 << 6;
 const LARGE: u64 = 1 << 7;
 const ADDRESS: u64 = 0x000F_FFFF_FFFF_F000;
 
 impl NestedEntry for NptEntry {
     fn table(physical: u64) -> u64 {
-        physical & ADDRESS | PRESENT | WRITABLE | USER
+        physical & ADDRESS | PRESENT | WRITABLE | USER | USED
     }
 
     fn large_leaf(physical: u64) -> u64 {
-        physical & ADDRESS | PRESENT | WRITABLE | USER | LARGE
+        physical & ADDRESS | PRESENT | WRITABLE | USER | USED | LARGE
     }
 
-    fn read_only_leaf(physical: u64) -> u64 {
-        physical & ADDRESS | PRESENT | USER
+    fn small_leaf(physical: u64) -> u64 {
+        physical & ADDRESS | PRESENT | WRITABLE | USER | USED
+    }
+
+    fn device_leaf(physical: u64) -> u64 {
+        physical & ADDRESS | PRESENT | USER | USED
+    }
+
+    fn read_only(entry: u64) -> u64 {
+        entry & !WRITABLE
     }
 
     fn is_present(entry: u64) -> bool {
         entry & PRESENT != 0
+    }
+
+    fn is_writable(entry: u64) -> bool {
+        entry & WRITABLE != 0
+    }
+
+    fn is_large(entry: u64) -> bool {
+        entry & LARGE != 0
     }
 
     fn address(entry: u64) -> u64 {

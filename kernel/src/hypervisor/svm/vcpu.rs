@@ -62,6 +62,17 @@ pub struct SvmVcpu {
     maps: Arc<PermissionMaps>,
 }
 
+/// The VMCB, whose save area VMRUN, VMLOAD and their counterparts fill (15.5.1), and what it does not hold.
+pub struct Snapshot {
+    vmcb: Pages,
+    registers: Registers,
+    accepted: Option<Vector>,
+    nmi: Nmi,
+    shadow: Option<(u64, u8)>,
+    nrip_save: bool,
+    pause_filter: bool,
+}
+
 impl SvmVcpu {
     pub(super) fn new(
         nested_root: u64,
@@ -125,6 +136,30 @@ impl SvmVcpu {
         b.dr6 = DR6_RESET;
         b.dr7 = DR7_RESET;
         vcpu.set_system(&state.system);
+        vcpu
+    }
+
+    /// A vCPU that goes on where the snapshot was taken. An event that was to be injected still is; an interrupt that was offered is offered again.
+    pub(super) fn thaw(nested_root: u64, snapshot: &Snapshot, asid: u32, maps: Arc<PermissionMaps>) -> Self {
+        let mut vcpu = Self {
+            vmcb: snapshot.vmcb.duplicate(),
+            registers: snapshot.registers,
+            offered: None,
+            accepted: snapshot.accepted,
+            nmi: snapshot.nmi,
+            hurry: None,
+            shadow: snapshot.shadow,
+            shadow_pending: false,
+            nrip_save: snapshot.nrip_save,
+            next_rip: None,
+            pause_filter: snapshot.pause_filter,
+            maps,
+        };
+        let b = vcpu.block_mut();
+        b.asid = asid;
+        b.nested_cr3 = nested_root;
+        b.int_control &= !vmcb::V_IRQ;
+        b.tlb_control = vmcb::TLB_FLUSH_ALL;
         vcpu
     }
 
@@ -370,6 +405,20 @@ fn load_cr2(value: u64) {
 }
 
 impl VendorVcpu for SvmVcpu {
+    type Snapshot = Snapshot;
+
+    fn freeze(&mut self) -> Snapshot {
+        Snapshot {
+            vmcb: self.vmcb.duplicate(),
+            registers: self.registers,
+            accepted: self.accepted,
+            nmi: self.nmi,
+            shadow: self.shadow,
+            nrip_save: self.nrip_save,
+            pause_filter: self.pause_filter,
+        }
+    }
+
     fn reset(&mut self, state: &VcpuState) {
         self.registers = state.registers;
         (self.offered, self.accepted, self.next_rip) = (None, None, None);

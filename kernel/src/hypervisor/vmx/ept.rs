@@ -16,8 +16,6 @@ const LARGE: u64 = 1 << 7;
 const ADDRESS: u64 = 0x000F_FFFF_FFFF_F000;
 /// In the pointer: length of the walk less one.
 const FOUR_LEVELS: u64 = 3 << 3;
-/// In the pointer: the processor sets accessed and dirty flags.
-const ACCESS_DIRTY: u64 = 1 << 6;
 
 /// An EPT entry.
 pub struct EptEntry;
@@ -31,12 +29,28 @@ impl NestedEntry for EptEntry {
         physical & ADDRESS | ALL_ACCESS | WRITE_BACK << LEAF_MEMORY_TYPE_SHIFT | IGNORE_PAT | LARGE
     }
 
-    fn read_only_leaf(physical: u64) -> u64 {
+    fn small_leaf(physical: u64) -> u64 {
+        physical & ADDRESS | ALL_ACCESS | WRITE_BACK << LEAF_MEMORY_TYPE_SHIFT | IGNORE_PAT
+    }
+
+    fn device_leaf(physical: u64) -> u64 {
         physical & ADDRESS | READ | WRITE_BACK << LEAF_MEMORY_TYPE_SHIFT | IGNORE_PAT
+    }
+
+    fn read_only(entry: u64) -> u64 {
+        entry & !WRITE
     }
 
     fn is_present(entry: u64) -> bool {
         entry & ALL_ACCESS != 0
+    }
+
+    fn is_writable(entry: u64) -> bool {
+        entry & WRITE != 0
+    }
+
+    fn is_large(entry: u64) -> bool {
+        entry & LARGE != 0
     }
 
     fn address(entry: u64) -> u64 {
@@ -45,6 +59,9 @@ impl NestedEntry for EptEntry {
 }
 
 /// The EPT pointer of a table of four levels that starts at physical address `root` and is itself read through the caches.
-pub const fn pointer(root: u64, access_dirty: bool) -> u64 {
-    root & ADDRESS | WRITE_BACK | FOUR_LEVELS | if access_dirty { ACCESS_DIRTY } else { 0 }
+///
+/// Accessed and dirty flags stay off: with them the processor writes to the tables, which a template's clones share, and takes its walks of the
+/// guest's page tables for writes (29.3.5), so that a clone would copy each of them.
+pub const fn pointer(root: u64) -> u64 {
+    root & ADDRESS | WRITE_BACK | FOUR_LEVELS
 }

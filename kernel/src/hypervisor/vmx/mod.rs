@@ -95,10 +95,6 @@ struct Shared {
 }
 
 impl Shared {
-    fn has_access_dirty(&self) -> bool {
-        self.capabilities.has_ept_access_dirty()
-    }
-
     /// Drops every cached translation of an EPT pointer and of a VPID.
     fn forget_translations(&self, ept_pointer: u64, vpid: u16) {
         const SINGLE_CONTEXT: u64 = 1;
@@ -176,8 +172,17 @@ impl Backend for Vmx {
     }
 
     fn vcpu(&self, nested_root: u64, state: &VcpuState) -> VmxVcpu {
-        // VPID 0 is L1's. A reused one is harmless: a vCPU that is new on a core drops all its translations there.
-        let vpid = self.next_vpid.fetch_add(1, Ordering::Relaxed).max(1);
-        VmxVcpu::new(nested_root, state, vpid, Arc::clone(&self.shared))
+        VmxVcpu::new(nested_root, state, self.next_vpid(), Arc::clone(&self.shared))
+    }
+
+    fn thaw(&self, nested_root: u64, snapshot: &vcpu::Snapshot) -> VmxVcpu {
+        VmxVcpu::thaw(nested_root, snapshot, self.next_vpid(), Arc::clone(&self.shared))
+    }
+}
+
+impl Vmx {
+    /// VPID 0 is L1's. A reused one is harmless: a vCPU that is new on a core drops all its translations there.
+    fn next_vpid(&self) -> u16 {
+        self.next_vpid.fetch_add(1, Ordering::Relaxed).max(1)
     }
 }

@@ -38,6 +38,11 @@ impl Spill {
         Self { id, wanted: false, full: false, blocks: 0, hand: 0, batches: Vec::new() }
     }
 
+    /// Whether nothing is there, on its way there, or to go there.
+    pub(super) const fn is_unused(&self) -> bool {
+        !self.wanted && self.blocks == 0 && self.batches.is_empty()
+    }
+
     /// Something waits for memory.
     pub(super) const fn want(&mut self) {
         self.wanted = true;

@@ -120,7 +120,7 @@ struct Transfer {
 type Answer = (Status, u64);
 
 /// A request that is under way.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Request {
     chain: Chain,
     queue: usize,
@@ -129,7 +129,7 @@ struct Request {
 }
 
 /// The block device.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(in crate::platform) struct Blk {
     sectors: u64,
     queue_sizes: Vec<u16>,
@@ -157,6 +157,11 @@ impl Blk {
     /// The disk has something for requests that wait.
     pub(in crate::platform) fn wake(&mut self) {
         self.woken = true;
+    }
+
+    /// Whether requests are under way.
+    pub(in crate::platform) const fn has_requests(&self) -> bool {
+        !self.waiting.is_empty()
     }
 
     /// The device's configuration (5.2.4).

@@ -102,7 +102,7 @@ pub enum VsockState {
 }
 
 /// The host's end of the machine's one vsock connection, made by the guest to CID 2, port 1024.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct VsockHost {
     state: VsockState,
     guest_cid: u64,

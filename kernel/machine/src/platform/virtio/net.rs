@@ -56,7 +56,7 @@ struct Agreed {
 }
 
 /// The network card.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(in crate::platform) struct Net {
     /// The host's end.
     pub(in crate::platform) host: NetworkHost,

@@ -100,7 +100,7 @@ struct Buffer {
 }
 
 /// A chain of guest buffers that the driver has made available.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(in crate::platform) struct Chain {
     queue: u16,
     head: u16,
@@ -191,7 +191,7 @@ fn parts(buffers: &[Buffer], offset: u64) -> impl Iterator<Item = (u64, u64)> {
 }
 
 /// One queue as the driver has set it up, and how far the device is.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(in crate::platform) struct Queue {
     index: u16,
     max_size: u16,

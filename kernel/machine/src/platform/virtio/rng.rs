@@ -13,7 +13,7 @@ const REQUEST_MAX: u64 = 4096;
 const COPY_BYTES: usize = 256;
 
 /// The entropy device.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(in crate::platform) struct Rng {
     notified: bool,
     chain: Chain,

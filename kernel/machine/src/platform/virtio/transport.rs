@@ -113,7 +113,7 @@ pub(in crate::platform) trait VirtioDevice {
 }
 
 /// A virtio device as a PCI function.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(in crate::platform) struct VirtioPci<D> {
     /// The device.
     pub(in crate::platform) device: D,

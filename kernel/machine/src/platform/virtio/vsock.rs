@@ -18,7 +18,7 @@ const TURNS_MAX: usize = 8;
 const COPY_BYTES: usize = 2048;
 
 /// The vsock device.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(in crate::platform) struct Vsock {
     /// The host's end.
     pub(in crate::platform) host: VsockHost,

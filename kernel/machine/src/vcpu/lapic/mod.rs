@@ -75,7 +75,7 @@ impl LvtEntry {
 }
 
 /// A local APIC.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Lapic {
     id: u32,
     /// No other processor exists: what is not for this one is for nobody.

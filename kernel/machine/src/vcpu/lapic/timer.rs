@@ -28,7 +28,7 @@ impl Mode {
 const SHORTEST_PERIOD_NS: u64 = 200_000;
 
 /// The timer: its registers but the LVT entry, and when it next fires.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Timer {
     tsc_khz: u32,
     initial_count: u32,

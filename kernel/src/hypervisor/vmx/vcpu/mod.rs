@@ -5,6 +5,7 @@
 mod events;
 mod exits;
 mod registers;
+mod snapshot;
 mod timer;
 
 use super::controls::{Controls, allows, entry, exit, pin, primary, secondary};
@@ -28,6 +29,7 @@ use registers::{
     CR0_HOST_OWNED, CR0_NE, CR4_GUEST_OWNED, CR4_MCE, CR4_VMXE, CS, DS, ES, FS, GS, LDTR, SS, TR,
     access_rights, read_dr6, write_dr6,
 };
+pub use snapshot::Snapshot;
 use timer::Timer;
 use x86_64::registers::model_specific::Msr;
 
@@ -96,7 +98,7 @@ impl VmxVcpu {
         let mut vcpu = Self {
             vmcs,
             controls: shared.controls,
-            ept_pointer: ept::pointer(nested_root, shared.has_access_dirty()),
+            ept_pointer: ept::pointer(nested_root),
             vpid,
             is_on_core: true,
             launched: false,
@@ -245,6 +247,12 @@ impl VmxVcpu {
 }
 
 impl VendorVcpu for VmxVcpu {
+    type Snapshot = Snapshot;
+
+    fn freeze(&mut self) -> Snapshot {
+        self.snapshot()
+    }
+
     fn reset(&mut self, state: &VcpuState) {
         let s = &state.system;
         self.registers = state.registers;

@@ -10,7 +10,7 @@ pub(super) const QUEUED_FRAMES_MAX: usize = 256;
 pub(super) const QUEUED_BYTES_MAX: usize = 512 * 1024;
 
 /// Frames in order, bounded in number and bytes. Each is as long as its memory.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct FrameQueue {
     frames: VecDeque<(Vec<u8>, Offload)>,
     bytes: usize,
@@ -40,7 +40,7 @@ impl FrameQueue {
 }
 
 /// What the host side of a machine's network card is: a cable's end.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct NetworkHost {
     from_guest: FrameQueue,
     to_guest: FrameQueue,
@@ -65,6 +65,11 @@ impl NetworkHost {
             ready: false,
             accepts: Accepts::default(),
         }
+    }
+
+    /// Whether frames wait, in either direction.
+    pub(in crate::platform) fn has_frames(&self) -> bool {
+        !self.from_guest.frames.is_empty() || !self.to_guest.frames.is_empty()
     }
 
     /// Whether [`Self::take_frame`] has a frame.
