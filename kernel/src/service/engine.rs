@@ -16,6 +16,7 @@ use nestling_api::jobs::{JobId, JobStore, QueuedJob};
 use nestling_api::time::MILLISECOND;
 use nestling_api::types::{self, MachineConfig, WaitingFor};
 
+use super::entropy::RandomSource;
 use super::images::Image;
 use super::machines::{AgentLink, CreateError, DiskSpec, MachineSpec, Machines};
 use super::network::{self, MachineNetwork};
@@ -56,16 +57,19 @@ struct Run<Id> {
 pub struct Engine<Id, T> {
     runs: Vec<Run<Id>>,
     templates: Templates<T>,
+    /// For clones to start from.
+    random: RandomSource,
     buffer: Box<[u8]>,
 }
 
 impl<Id: Copy, T: Copy + PartialEq> Engine<Id, T> {
     /// No jobs, and no templates; without `with_templates` there never will be one.
     #[must_use]
-    pub fn new(with_templates: bool) -> Self {
+    pub fn new(with_templates: bool, random: RandomSource) -> Self {
         Self {
             runs: Vec::new(),
             templates: Templates::new(with_templates),
+            random,
             buffer: vec![0; CHUNK].into_boxed_slice(),
         }
     }
@@ -99,9 +103,9 @@ impl<Id: Copy, T: Copy + PartialEq> Engine<Id, T> {
         now: Clock,
     ) {
         jobs.poll(now);
-        let Self { runs, templates, buffer } = self;
+        let Self { runs, templates, random, buffer } = self;
         runs.retain_mut(|run| {
-            run.warm(templates, jobs, machines, network, now);
+            run.warm(templates, random, jobs, machines, network, now);
             let machine = run.machine;
             if run.warming.is_none() {
                 machines.with_agent(machine, |agent| run.carry(jobs, agent, buffer, now));
@@ -143,7 +147,7 @@ impl<Id: Copy, T: Copy + PartialEq> Engine<Id, T> {
                     network.add(machine, job.id, job.egress);
                     let warming = match warming {
                         Origin::Clone => {
-                            jobs.cloned(job.id, now);
+                            jobs.cloned(job.id, self.random.seed(), now);
                             None
                         }
                         Origin::Boot => None,
@@ -212,6 +216,7 @@ impl<Id: Copy> Run<Id> {
     fn warm<M: Machines<Id = Id>>(
         &mut self,
         templates: &mut Templates<M::Template>,
+        random: &mut RandomSource,
         jobs: &mut JobStore,
         machines: &mut M,
         network: &mut MachineNetwork<Id>,
@@ -247,7 +252,7 @@ impl<Id: Copy> Run<Id> {
                     Ok(machine) => {
                         self.machine = machine;
                         network.add(machine, self.job, jobs.egress(self.job));
-                        jobs.cloned(self.job, now);
+                        jobs.cloned(self.job, random.seed(), now);
                         templates.ready(&key, template);
                         templates.keep_budget(machines);
                     }
@@ -358,7 +363,7 @@ mod tests {
         fn new() -> Self {
             let jobs = JobStore::new(Limits::default());
             Self {
-                engine: Engine::new(false),
+                engine: Engine::new(false, RandomSource::gather(&[])),
                 jobs,
                 machines: FakeMachines::default(),
                 network: MachineNetwork::new([1; 32]),
@@ -368,7 +373,7 @@ mod tests {
 
         fn with_templates() -> Self {
             let machines = FakeMachines { limit: 4, ..FakeMachines::default() };
-            Self { engine: Engine::new(true), machines, ..Self::new() }
+            Self { engine: Engine::new(true, RandomSource::gather(&[])), machines, ..Self::new() }
         }
 
         /// The job's machine runs it to its end.

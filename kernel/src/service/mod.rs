@@ -126,9 +126,9 @@ impl<Id: Copy, T: Copy + PartialEq> Service<Id, T> {
             api: Api::new(ApiConfig { token: settings.token, limits: LIMITS }),
             catalog,
             machine_network: MachineNetwork::new(random.seed()),
+            engine: Engine::new(settings.templates, random.fork()),
             random,
             network,
-            engine: Engine::new(settings.templates),
             ready_ns: None,
             due: None,
         })
@@ -136,7 +136,11 @@ impl<Id: Copy, T: Copy + PartialEq> Service<Id, T> {
 
     /// Does all there is to do now; without `has_news`, machines have had nothing for it but frames. Returns when to call again at the
     /// latest, in nanoseconds since boot; interrupts and machines that want something are reasons to call earlier.
-    pub fn poll<M: Machines<Id = Id, Template = T>>(&mut self, machines: &mut M, has_news: bool) -> Option<u64> {
+    pub fn poll<M: Machines<Id = Id, Template = T>>(
+        &mut self,
+        machines: &mut M,
+        has_news: bool,
+    ) -> Option<u64> {
         let now = Clock { monotonic_ns: clock::now_ns(), unix_ns: clock::unix_ns() };
         let ns = now.monotonic_ns;
         let Network { uplink, server } = &mut self.network;

@@ -278,7 +278,7 @@ fn agent(inbox: &Receiver<Vec<u8>>, outbox: &SyncSender<Event>) {
                     }
                     send(AgentMessage::ArtifactsSent(ArtifactsSent::default()));
                 }
-                HostMessage::CancelStep | HostMessage::StopArtifacts => {}
+                HostMessage::Identity(_) | HostMessage::CancelStep | HostMessage::StopArtifacts => {}
             }
         }
     }

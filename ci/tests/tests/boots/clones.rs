@@ -6,6 +6,7 @@ use nestling::client::types::{Conclusion, JobRequest, MachineConfig, Template};
 use nestling_tests::disk::{NAME, bundle, drive, file_system};
 use nestling_tests::job::{create, job, run, wait, wait_until, warm_up};
 use nestling_tests::node::{memory, ready};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 fn template(node: &RunningBed) -> Template {
     let list = node.client().templates().unwrap();
@@ -72,6 +73,31 @@ fn clones_see_neither_each_others_memory_nor_their_templates_and_leave_nothing_b
     assert_eq!(log.matches("template unchanged").count(), 4, "{log}");
     assert!(!log.contains("template changed"), "{log}");
     assert_eq!(template(&node).clones_alive, 0);
+}
+
+#[test]
+fn clones_draw_random_bytes_of_their_own_and_know_the_time() {
+    let node = ready(Bed::builder());
+    // What the kernel gives by its file, to a new process by getrandom (mktemp's name), and as identifiers.
+    let script = "head -c 32 /dev/urandom | od -An -tx1; mktemp -u; cat /proc/sys/kernel/random/uuid; date +%s; cut -d. -f1 /proc/uptime";
+    let drawn: Vec<_> = (0..4)
+        .map(|_| {
+            let finished = run(&node, &job(script));
+            assert!(finished.job.timings.cloned_ms.is_some());
+            String::from_utf8(finished.stdout).unwrap()
+        })
+        .collect();
+    let mut words: Vec<_> = drawn.iter().flat_map(|text| text.lines().take(4)).collect();
+    assert_eq!(words.len(), 16, "{drawn:?}");
+    words.sort_unstable();
+    words.dedup();
+    assert_eq!(words.len(), 16, "two clones drew the same: {drawn:?}");
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    for text in &drawn {
+        let time: u64 = text.lines().nth(4).unwrap().parse().unwrap();
+        // The node's clock came from its firmware's, in whole seconds, and an emulated one drifts.
+        assert!(time.abs_diff(now) < 600, "{time} at {now}");
+    }
 }
 
 #[test]

@@ -79,12 +79,8 @@ fn a_step_finds_the_names_variables_and_folders_it_expects() {
 #[test]
 fn what_a_machine_writes_is_gone_with_it_and_so_is_its_id() {
     let write = "echo written >/root/file; cat /etc/machine-id; ls /root";
-    // Machines that boot: clones have their template's id as long as nobody tells them that they are clones.
-    let cold = |script| {
-        let image = Some(disk_image::NAME.to_owned());
-        output_of(&JobRequest { image, cold: true, ..job(script) })
-    };
-    let (first, second) = (cold(write), cold("cat /etc/machine-id; ls /root; echo end"));
+    let on_disk = |script| output_of(&JobRequest { image: Some(disk_image::NAME.to_owned()), ..job(script) });
+    let (first, second) = (on_disk(write), on_disk("cat /etc/machine-id; ls /root; echo end"));
     let (id, rest) = first.split_once('\n').unwrap();
     assert_eq!(rest, "file\n");
     let (other, rest) = second.split_once('\n').unwrap();

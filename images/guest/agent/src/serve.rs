@@ -130,6 +130,7 @@ impl Agent<'_> {
     fn obey(&mut self, message: HostMessage) -> Result<(), String> {
         let Some(message) = self.files.obey(message, self.connection)? else { return Ok(()) };
         match message {
+            HostMessage::Identity(identity) => system::take_on(&identity),
             HostMessage::RunStep(request) if self.step.is_some() => {
                 Err(format!("the node asked for step {} while another one runs", request.index))
             }

@@ -2,14 +2,20 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
 use nix::kmod::{ModuleInitFlags, finit_module};
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::time::TimeSpec;
+use nix::time::{ClockId, clock_settime};
+
+use nestling_api::agent::Identity;
 
 use crate::network;
 use crate::root;
@@ -82,7 +88,7 @@ pub(crate) fn start(settings: &mut Settings) -> Result<(), String> {
     }
     if settings.root.is_some() {
         optional("hand control groups on", delegate_control_groups());
-        optional("give the machine its id", write_machine_id(Path::new(MACHINE_ID)));
+        optional("give the machine its id", give_machine_id(Path::new(MACHINE_ID)));
     }
     // 0x1 is IFF_UP (Linux: include/uapi/linux/if.h).
     optional("bring lo up", fs::write("/sys/class/net/lo/flags", "0x1"));
@@ -97,6 +103,51 @@ pub(crate) fn start(settings: &mut Settings) -> Result<(), String> {
     settings.read_environment(&fs::read_to_string(ENVIRONMENT).unwrap_or_default());
     fs::create_dir_all(&settings.work)
         .map_err(|error| format!("cannot create {}: {error}", settings.work.display()))
+}
+
+/// Becomes what a clone of a template is to be: with randomness, a time and a machine's id of its own. Nothing of the job has run yet.
+///
+/// # Errors
+/// When the kernel's random numbers would be those of other clones: no job may run with them.
+pub(crate) fn take_on(identity: &Identity) -> Result<(), String> {
+    if std::process::id() != 1 {
+        return Ok(());
+    }
+    reseed(&identity.entropy)
+        .map_err(|error| format!("cannot make this clone's random numbers its own: {error}"))?;
+    let (seconds, nanoseconds) = (identity.unix_ns / 1_000_000_000, identity.unix_ns % 1_000_000_000);
+    let time = TimeSpec::new(seconds as _, nanoseconds as _);
+    optional("set the clock", clock_settime(ClockId::CLOCK_REALTIME, time).map_err(io::Error::from));
+    if HAS_OWN_ID.load(Ordering::Relaxed) {
+        optional("give the machine another id", write_machine_id(Path::new(MACHINE_ID)));
+    }
+    Ok(())
+}
+
+/// Mixes `entropy` into the kernel's generator and has it start over at once (Linux: drivers/char/random.c).
+fn reseed(entropy: &[u8; 32]) -> io::Result<()> {
+    let device = fs::OpenOptions::new().write(true).open("/dev/urandom")?;
+    let pool = PoolInfo { bits: 256, bytes: 32, entropy: *entropy };
+    // SAFETY: RNDADDENTROPY reads a rand_pool_info from the pointer, which is valid for the call and as long as it says; RNDRESEEDCRNG
+    // takes no argument; the descriptor is open.
+    unsafe {
+        ioctl::add_entropy(device.as_raw_fd(), (&raw const pool).cast())?;
+        ioctl::reseed(device.as_raw_fd())?;
+    }
+    Ok(())
+}
+
+/// `struct rand_pool_info`.
+#[repr(C)]
+struct PoolInfo {
+    bits: i32,
+    bytes: i32,
+    entropy: [u8; 32],
+}
+
+mod ioctl {
+    nix::ioctl_write_ptr!(add_entropy, b'R', 0x03, [i32; 2]);
+    nix::ioctl_none!(reseed, b'R', 0x07);
 }
 
 /// Makes this process the parent of its descendants' orphans, as PID 1 is by nature.
@@ -147,12 +198,21 @@ fn delegate_control_groups() -> io::Result<()> {
     Ok(())
 }
 
+/// Whether the machine's id is its own, rather than the image's.
+static HAS_OWN_ID: AtomicBool = AtomicBool::new(false);
+
 /// Gives the machine an id of its own where the image has none (machine-id(5)): images are copied, ids are not.
-fn write_machine_id(path: &Path) -> io::Result<()> {
+fn give_machine_id(path: &Path) -> io::Result<()> {
     let is_id = |text: &str| text.len() == 32 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
     if fs::read_to_string(path).is_ok_and(|text| is_id(text.trim())) {
         return Ok(());
     }
+    write_machine_id(path)?;
+    HAS_OWN_ID.store(true, Ordering::Relaxed);
+    Ok(())
+}
+
+fn write_machine_id(path: &Path) -> io::Result<()> {
     let id = fs::read_to_string("/proc/sys/kernel/random/uuid")?.trim().replace('-', "");
     fs::write(path, format!("{id}\n"))
 }
@@ -189,10 +249,10 @@ mod tests {
         let path = std::env::temp_dir().join(format!("nestling-machine-id-{}", std::process::id()));
         for before in ["", "uninitialized\n", "short"] {
             fs::write(&path, before).unwrap();
-            write_machine_id(&path).unwrap();
+            give_machine_id(&path).unwrap();
             let id = fs::read_to_string(&path).unwrap();
             assert!(id.len() == 33 && id.trim().bytes().all(|byte| byte.is_ascii_hexdigit()), "{id}");
-            write_machine_id(&path).unwrap();
+            give_machine_id(&path).unwrap();
             assert_eq!(fs::read_to_string(&path).unwrap(), id);
         }
         fs::remove_file(&path).unwrap();

@@ -31,6 +31,8 @@ pub enum Kind {
     SendArtifacts = 0x06,
     /// Node to agent, empty: nobody wants the rest of what is being sent.
     StopArtifacts = 0x07,
+    /// Node to agent, before anything else, in a clone: an [`Identity`](super::Identity) as JSON.
+    Identity = 0x08,
     /// Agent to node, once, first: a [`Hello`](super::Hello) as JSON.
     Hello = 0x81,
     /// Agent to node: a [`StepStarted`](super::StepStarted) as JSON.
@@ -67,6 +69,7 @@ impl Kind {
             0x05 => Self::ListArtifacts,
             0x06 => Self::SendArtifacts,
             0x07 => Self::StopArtifacts,
+            0x08 => Self::Identity,
             0x81 => Self::Hello,
             0x82 => Self::StepStarted,
             0x83 => Self::Stdout,

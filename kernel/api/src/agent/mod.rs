@@ -1,6 +1,7 @@
 //! The protocol between the node and the agent in a guest: frames over one vsock stream.
 //!
-//! The agent connects from [`GUEST_CID`] to [`HOST_CID`], port [`PORT`], and says [`Hello`]. Then, for a job with a workspace,
+//! The agent connects from [`GUEST_CID`] to [`HOST_CID`], port [`PORT`], and says [`Hello`]. In a clone of a template the node first
+//! sends an [`Identity`], which the agent takes on before it does anything else. Then, for a job with a workspace,
 //! the node sends its tar ([`Kind::WorkspaceData`], [`Kind::WorkspaceEnd`]), as fast as the agent unpacks it, and the agent
 //! answers with [`WorkspaceUnpacked`] or [`WorkspaceFailed`]. From then on the node sends one [`RunStep`] at a time and the
 //! agent answers with [`StepStarted`], any amount of output, and one [`StepCompleted`] after all of that output. Last, for a
@@ -34,7 +35,22 @@ pub const GUEST_CID: u32 = 3;
 /// The vsock port the node listens on.
 pub const PORT: u32 = 1024;
 /// The version of this protocol, as said in [`Hello::protocol`].
-pub const PROTOCOL: u32 = 2;
+pub const PROTOCOL: u32 = 3;
+
+/// Node to agent: what a clone does not share with its template and its other clones.
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// Random bytes that nobody else gets: the kernel's generator starts over with them.
+    pub entropy: [u8; 32],
+    /// The time, in nanoseconds since 1970-01-01 UTC.
+    pub unix_ns: u64,
+}
+
+impl fmt::Debug for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Identity {{ unix_ns: {} }}", self.unix_ns)
+    }
+}
 
 /// Node to agent: run one step.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -149,6 +165,8 @@ pub struct ArtifactsSent {
 /// A message from the node, typed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum HostMessage {
+    /// What a clone is from now on.
+    Identity(Identity),
     /// Run one step.
     RunStep(RunStep),
     /// End the running step.
@@ -212,6 +230,7 @@ impl HostMessage {
     /// [`ProtocolError::TooLong`] when a step's JSON exceeds [`MAX_RUN_STEP`], or bytes exceed [`MAX_PAYLOAD`].
     pub fn encode(&self) -> Result<Vec<u8>, ProtocolError> {
         match self {
+            Self::Identity(identity) => encode_json(Kind::Identity, identity),
             Self::RunStep(step) => encode_json(Kind::RunStep, step),
             Self::CancelStep => encode(Kind::CancelStep, &[]),
             Self::WorkspaceData(bytes) => encode(Kind::WorkspaceData, bytes),
@@ -228,6 +247,7 @@ impl HostMessage {
     /// [`ProtocolError::Unexpected`] for an agent's kind, [`ProtocolError::Malformed`] for a payload that does not parse.
     pub fn decode(frame: Frame) -> Result<Self, ProtocolError> {
         match frame.kind {
+            Kind::Identity => Ok(Self::Identity(decode_json(&frame)?)),
             Kind::RunStep => Ok(Self::RunStep(decode_json(&frame)?)),
             Kind::CancelStep => Ok(Self::CancelStep),
             Kind::WorkspaceData => Ok(Self::WorkspaceData(frame.payload)),
@@ -323,6 +343,7 @@ mod tests {
             HostMessage::ListArtifacts(ListArtifacts { patterns: vec!["a/**".into()] }),
             HostMessage::SendArtifacts(SendArtifacts { name: Some("a/b".into()) }),
             HostMessage::StopArtifacts,
+            HostMessage::Identity(Identity { entropy: [7; 32], unix_ns: 1_800_000_000_000_000_000 }),
         ];
         let agent = [
             AgentMessage::Hello(Hello { protocol: PROTOCOL, agent: "0.1.0".into(), kernel: "6.1".into() }),

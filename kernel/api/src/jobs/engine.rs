@@ -108,10 +108,13 @@ impl JobStore {
         true
     }
 
-    /// A job in progress has got a clone of a template for its machine.
-    pub fn cloned(&mut self, id: JobId, now: Clock) {
-        if let Some(record) = self.jobs.get_mut(&id).filter(|record| record.run.is_some()) {
-            record.job.timings.cloned_ms = Some(record.elapsed_ms(now));
+    /// A job in progress has got a clone of a template for its machine, whose randomness is to start from `entropy`.
+    pub fn cloned(&mut self, id: JobId, entropy: [u8; 32], now: Clock) {
+        let Some(record) = self.jobs.get_mut(&id) else { return };
+        let elapsed = record.elapsed_ms(now);
+        if let Some(run) = &mut record.run {
+            run.is_clone(entropy);
+            record.job.timings.cloned_ms = Some(elapsed);
         }
     }
 

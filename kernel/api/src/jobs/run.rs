@@ -9,7 +9,7 @@ use alloc::vec::Vec;
 
 use super::record::Record;
 use super::workspace::BEGIN_NS;
-use crate::agent::{AgentMessage, Decoder, HostMessage, PROTOCOL, RunStep, StepCompleted};
+use crate::agent::{AgentMessage, Decoder, HostMessage, Identity, PROTOCOL, RunStep, StepCompleted};
 use crate::json::short;
 use crate::log::Stream;
 use crate::time::{Clock, SECOND, rfc3339};
@@ -78,6 +78,8 @@ struct Cancel {
 pub(super) struct Run {
     phase: Phase,
     connected: bool,
+    /// What a clone's randomness starts from, until its agent has been told.
+    entropy: Option<[u8; 32]>,
     pub(super) decoder: Decoder,
     outgoing: Vec<u8>,
     sent: usize,
@@ -99,6 +101,7 @@ impl Run {
         Self {
             phase: Phase::Booting { deadline: after(AGENT_TIMEOUT_NS) },
             connected: false,
+            entropy: None,
             decoder: Decoder::new(),
             outgoing: Vec::new(),
             sent: 0,
@@ -125,6 +128,18 @@ impl Run {
     /// Whether the machine is kept for artifacts.
     pub(super) fn keeps_artifacts(&self) -> bool {
         matches!(self.phase, Phase::Artifacts)
+    }
+
+    /// The machine is a clone, whose agent is to be told who it is now.
+    pub(super) fn is_clone(&mut self, entropy: [u8; 32]) {
+        self.entropy = Some(entropy);
+    }
+
+    /// Tells it, if it is a clone's.
+    fn say_identity(&mut self, now: Clock) {
+        if let Some(entropy) = self.entropy.take() {
+            self.say(&HostMessage::Identity(Identity { entropy, unix_ns: now.unix_ns }));
+        }
     }
 
     pub(super) fn agent_connected(&mut self) {
@@ -257,6 +272,9 @@ impl Record {
             (AgentMessage::Hello(hello), Phase::Booting { .. }) => {
                 if hello.protocol == PROTOCOL {
                     self.job.timings.agent_ready_ms = Some(self.elapsed_ms(now));
+                    if let Some(run) = &mut self.run {
+                        run.say_identity(now);
+                    }
                     match &mut self.run {
                         Some(run) if self.workspace.is_some() => {
                             let begin_by = now.monotonic_ns.saturating_add(BEGIN_NS);

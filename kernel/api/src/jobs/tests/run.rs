@@ -260,7 +260,7 @@ fn an_agent_that_breaks_its_protocol_is_a_system_failure() {
     for (words, expected) in [
         (vec![stdout("x")], "unexpected Stdout before Hello"),
         (vec![started(0)], "unexpected StepStarted before Hello"),
-        (vec![old], "speaks protocol 0, this node 2"),
+        (vec![old], "speaks protocol 0, this node 3"),
         (vec![hello(), hello()], "unexpected Hello before the step started"),
         (vec![hello(), stdout("x")], "unexpected Stdout before the step started"),
         (vec![hello(), exited(0, 0)], "unexpected StepCompleted before the step started"),
