@@ -175,6 +175,9 @@ pub(crate) struct Run {
     /// Free space on the machine's disk, for images that have one [default: what the image says, as far as the node has it]
     #[arg(long, value_name = "MIB", value_parser = mib)]
     pub(crate) disk: Option<u32>,
+    /// Boot the machine, rather than begin in a clone of one that has booted
+    #[arg(long)]
+    pub(crate) cold: bool,
     /// Set a variable; without =VALUE it is taken from the environment
     #[arg(long, short, value_name = "NAME[=VALUE]")]
     pub(crate) env: Vec<String>,

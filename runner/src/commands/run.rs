@@ -167,8 +167,7 @@ fn request(options: &Run, variable: impl Fn(&str) -> Option<String>) -> Result<J
         network: egress(&options.egress)?.map(|egress| Network { egress }),
         workspace: options.workspace.is_some(),
         artifacts: options.artifact.clone(),
-        // There is no option for it yet.
-        cold: false,
+        cold: options.cold,
     })
 }
 
@@ -456,6 +455,7 @@ mod tests {
             (full.timeout_seconds, full.name, full.labels),
             (Some(600), Some("n".into()), vec!["l".into()])
         );
+        assert!(!plain.cold && request_of(&["--cold", "--", "true"]).unwrap().cold);
         let disk = request_of(&["--disk", "8192", "--", "true"]).unwrap();
         assert_eq!(
             disk.machine_config,
