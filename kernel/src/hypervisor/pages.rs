@@ -164,6 +164,10 @@ impl<E: NestedEntry> Pages<E> {
             return Err(MemoryError::OutOfFrames);
         }
         let _changing = self.changing.lock();
+        // Another core may have been faster; a page of the machine's own is not to be taken for an inherited one.
+        if self.find(at).is_some_and(|place| place.is_private) {
+            return Ok(Change::None);
+        }
         let mut change = Change::None;
         let table = self.table(at, LARGE_LEVEL, pool, &mut change)?;
         if self.give_large(table, at, pool) {
