@@ -1,7 +1,7 @@
 //! What both vendors' boots cost, side by side in one emulator. `NESTLING_BED` is of no concern here.
 
 use nestling::bed::{Bed, BedKind};
-use nestling::client::types::{Host, Vendor};
+use nestling::client::types::{Host, JobRequest, Vendor};
 use nestling_tests::job::{job, run};
 use nestling_tests::node::ready;
 
@@ -12,7 +12,7 @@ const MOST_ACCESSES: u64 = 8;
 /// The node after one machine has booted Linux, run a job and powered off.
 fn after_one_machine(model: &str) -> Host {
     let node = ready(Bed::builder().kind(BedKind::Bochs { model: model.to_owned() }));
-    run(&node, &job("poweroff -f"));
+    run(&node, &JobRequest { cold: true, ..job("poweroff -f") });
     node.client().host().unwrap_or_else(|error| panic!("GET /v1/host: {error}"))
 }
 
