@@ -184,10 +184,10 @@ impl SvmVcpu {
 
     /// Hands an interrupt that is to be injected over as a virtual one, which the processor takes at once where it can; returns it.
     ///
-    /// QEMU keeps an injected interrupt in mind, and when its thread is called away before the next exit, delivers it a second time, as an
-    /// exception, wherever the guest is then.
+    /// QEMU 7.2, which has no NRIP save, keeps an injected interrupt in mind, and when its thread is called away before the next exit, delivers it
+    /// a second time, as an exception, wherever the guest is then. Bochs takes virtual ones late.
     fn hand_over_interrupt(&mut self) -> Option<u64> {
-        let open = self.registers.rflags & RFLAGS_IF != 0;
+        let open = self.registers.rflags & RFLAGS_IF != 0 && !self.nrip_save;
         let b = self.block_mut();
         let event = b.event_inject;
         let is_interrupt =
