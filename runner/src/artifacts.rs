@@ -109,6 +109,8 @@ pub fn unpack(tar: impl Read, directory: &Path, globs: &[String]) -> Result<Unpa
             _ => unpacked.refused.push((path.display().to_string(), "it is neither a file nor a link")),
         }
     }
+    // An archive ends before what carries it does, and the node keeps the machine until somebody has read to that end.
+    let _ = io::copy(&mut archive.into_inner(), &mut io::sink());
     for (path, target) in links {
         let inside = target.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
         if !inside {
@@ -210,6 +212,16 @@ mod tests {
             assert_eq!(fs::read(out.join("dist/latest")).unwrap(), b"one");
             assert_eq!(fs::metadata(out.join("dist/a")).unwrap().permissions().mode() & 0o7777, 0o755);
         }
+    }
+
+    #[test]
+    fn what_carries_the_archive_is_read_to_its_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut bytes = tar(&[(EntryType::Regular, "a", "one")]);
+        bytes.extend([0; 9000]);
+        let mut rest = bytes.as_slice();
+        assert_eq!(unpack(&mut rest, dir.path(), &globs(&["a"])).unwrap().files, 1);
+        assert!(rest.is_empty(), "{} bytes left", rest.len());
     }
 
     #[test]
