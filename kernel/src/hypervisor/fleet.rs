@@ -15,8 +15,8 @@ use crate::memory::frames::{LARGE_FRAME, SMALL_FRAME, SMALL_PER_LARGE};
 use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
-use nestling_machine::platform::Platform;
 use nestling_machine::platform::linux::LinuxImage;
+use nestling_machine::platform::{NetworkHost, VsockHost};
 use nestling_machine::vcpu::{HostCpuid, emulate};
 
 /// Console lines that a machine leaves behind: a kernel's panic with its trace.
@@ -279,9 +279,16 @@ impl<B: Backend> Fleet<B> {
         self.machine(id)?.ended().cloned()
     }
 
-    /// Lets `work` use a machine's devices; afterwards the guest is told what came of it.
-    pub fn with_platform<R>(&self, id: MachineId, work: impl FnOnce(&mut Platform) -> R) -> Option<R> {
-        self.machine(id).map(|machine| machine.with_devices_for_service(self.node, work))
+    /// Lets `work` use the host's end of a machine's connection with its agent; afterwards the guest is told what came of it.
+    pub fn with_vsock<R>(&self, id: MachineId, work: impl FnOnce(&mut VsockHost) -> R) -> Option<R> {
+        let machine = self.machine(id)?;
+        Some(machine.with_devices_for_service(self.node, |platform| work(platform.vsock())))
+    }
+
+    /// The same for the host's end of its network card's cable; `None` also when it has no card.
+    pub fn with_network<R>(&self, id: MachineId, work: impl FnOnce(&mut NetworkHost) -> R) -> Option<R> {
+        let machine = self.machine(id)?;
+        machine.with_devices_beside_agent(self.node, |platform| platform.network().map(work))
     }
 
     /// A machine's exits so far, and the bytes of memory behind its RAM and the changes on its disk.

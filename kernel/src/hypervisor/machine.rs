@@ -368,7 +368,19 @@ impl<B: Backend> Machine<B> {
         (result, progress != devices.seen)
     }
 
-    /// The same for the service, which sees what there is.
+    /// The same for who serves a device, but not the agent: what the agent has brought is still news.
+    pub fn with_devices_beside_agent<R>(&self, node: &Node<B>, work: impl FnOnce(&mut Platform) -> R) -> R {
+        let (result, has_news) = self.with_devices(node, |devices| work(&mut devices.platform));
+        if has_news {
+            node.want_service(Call::News);
+        }
+        if self.has_work() {
+            self.notify(node, 0);
+        }
+        result
+    }
+
+    /// The same for the service when it looks after the agent: it sees what there is.
     pub fn with_devices_for_service<R>(&self, node: &Node<B>, work: impl FnOnce(&mut Platform) -> R) -> R {
         let mut devices = self.devices.lock();
         let result = work(&mut devices.platform);
@@ -436,7 +448,7 @@ impl<B: Backend> Machine<B> {
     /// Something has arrived from the node's disk that its own may wait for.
     pub fn wake_disk(&self, node: &Node<B>) {
         if self.size.disk.is_some() {
-            self.with_devices_for_service(node, Platform::wake_disk);
+            self.with_devices_beside_agent(node, Platform::wake_disk);
         }
     }
 

@@ -157,11 +157,11 @@ impl<B: Backend> Machines for Fleet<B> {
     }
 
     fn with_agent<R>(&mut self, id: MachineId, work: impl FnOnce(&mut dyn AgentLink) -> R) -> Option<R> {
-        self.with_platform(id, |platform| work(platform.vsock()))
+        self.with_vsock(id, |vsock| work(vsock))
     }
 
     fn with_network<R>(&mut self, id: MachineId, work: impl FnOnce(&mut dyn NetworkLink) -> R) -> Option<R> {
-        self.with_platform(id, |platform| platform.network().map(|network| work(network))).flatten()
+        Self::with_network(self, id, |network| work(network))
     }
 
     fn ended(&self, id: MachineId) -> Option<MachineEnd> {
