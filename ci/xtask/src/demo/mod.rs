@@ -117,7 +117,8 @@ fn summary(built: Duration, started: Duration, before: &Host, after: &Host, job:
         line("  of it the node's own kernel", format!("{own:.0} ms"));
     }
     line("job: left the queue after", milliseconds(job.timings.queued_ms));
-    line("  machine booted, agent ready after", milliseconds(job.timings.agent_ready_ms));
+    // The first job's machine: it boots, is frozen, and a clone of it runs the job.
+    line("  booted and cloned, agent ready after", milliseconds(job.timings.agent_ready_ms));
     line("  first output after", milliseconds(job.timings.first_output_ms));
     line("  over after", milliseconds(job.timings.completed_ms));
 
@@ -135,7 +136,8 @@ fn summary(built: Duration, started: Duration, before: &Host, after: &Host, job:
     line("  of it ever backed", job.memory.peak_mib.map_or("-".to_owned(), |peak| format!("{peak} MiB")));
     line("the node's own heap", format!("{} KiB", after.memory.heap_used_bytes / 1024));
     let (free, free_before) = (after.memory.free_frames, before.memory.free_frames);
-    line("free for machines, before and after", format!("{} MiB, {} MiB", mib(free_before), mib(free)));
+    line("free for machines before", format!("{} MiB", mib(free_before)));
+    line("  after, with a template kept", format!("{} MiB", mib(free)));
     text.push('\n');
     text
 }
